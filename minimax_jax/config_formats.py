@@ -1,0 +1,270 @@
+"""Reads and writes the forms a MiniMax-M3 config.json comes in.
+
+Vendor: a wrapper with `text_config` (or the bare text part) that uses `sparse_attention_config` and
+`moe_layer_freq`. transformers: `minimax_m3_vl` / `minimax_m3_vl_text`, flat `index_*` keys, `layer_types`,
+`mlp_layer_types` and `rope_parameters`. The two mix freely, as they do in transformers' own loader.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from minimax_jax.config import (
+    DENSE_MLP,
+    FULL_ATTENTION,
+    MOE_MLP,
+    SPARSE_ATTENTION,
+    ConfigError,
+    MiniMaxM3Config,
+    VisionConfig,
+)
+
+_MODEL_TYPES = ("minimax_m3_vl", "minimax_m3_vl_text")
+_REQUIRED = (
+    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "dense_intermediate_size intermediate_size num_local_experts num_experts_per_tok"
+).split()
+_PLAIN = _REQUIRED + (
+    "rms_norm_eps tie_word_embeddings max_position_embeddings shared_intermediate_size n_shared_experts "
+    "routed_scaling_factor swiglu_alpha swiglu_limit swiglu_beta bos_token_id"
+).split()
+_INDEX_KEYS = {
+    "index_n_heads": "sparse_num_index_heads",
+    "index_head_dim": "sparse_index_dim",
+    "index_block_size": "sparse_block_size",
+    "index_topk_blocks": "sparse_topk_blocks",
+    "index_init_blocks": "sparse_init_block",
+    "index_local_blocks": "sparse_local_block",
+}
+# Variants of the architecture's family that the maths here does not have: key -> the one value it may take.
+_FIXED = {
+    "scoring_func": ("sigmoid",),
+    "use_routing_bias": (True,),
+    "hidden_act": ("swigluoai", "silu"),  # transformers writes "silu" for the same swigluoai maths
+    "use_gemma_norm": (True,),
+    "use_qk_norm": (True,),
+    "qk_norm_type": ("per_head",),
+    "attention_output_gate": (False,),
+    "rope_scaling": (None,),
+}
+_TEXT_READ = {
+    *_PLAIN, *_INDEX_KEYS, *_FIXED,
+    "model_type", "architectures", "eos_token_id", "sparse_attention_config", "moe_layer_freq", "layer_types",
+    "mlp_layer_types", "rope_theta", "rotary_dim", "partial_rotary_factor", "rope_parameters",
+}  # fmt: skip
+_TOP_READ = {"text_config", "vision_config", "model_type", "projector_hidden_size", "quantization_config"}
+
+
+def parse_config(config: Mapping[str, Any]) -> MiniMaxM3Config:
+    """See `MiniMaxM3Config.from_dict`."""
+    problems: list[str] = []
+    wrapped = isinstance(config.get("text_config"), Mapping)
+    text = dict(config["text_config"]) if wrapped else dict(config)
+    model_type = config.get("model_type")
+    if model_type is not None and model_type not in _MODEL_TYPES:
+        problems.append(f"model_type = {model_type!r}: must be one of {', '.join(map(repr, _MODEL_TYPES))}")
+    for key in _REQUIRED:
+        if key not in text:
+            problems.append(f"{key} is missing: a MiniMax-M3 config names it")
+        elif not isinstance(text[key], int) or isinstance(text[key], bool) or text[key] < 1:
+            problems.append(f"{key} = {text[key]!r}: must be an integer >= 1")
+    for key, allowed in _FIXED.items():
+        if key in text and text[key] not in allowed:
+            problems.append(f"{key} = {text[key]!r}: must be {' or '.join(map(repr, allowed))}")
+    if wrapped and config.get("tie_word_embeddings"):
+        text["tie_word_embeddings"] = True  # transformers ties when either level says so
+    if problems:
+        raise ConfigError("impossible configuration:\n  " + "\n  ".join(problems))
+
+    fields: dict[str, Any] = {key: text[key] for key in _PLAIN if key in text}
+    fields.setdefault("shared_intermediate_size", text["intermediate_size"])
+    fields["eos_token_id"] = _eos(text)
+    if "bos_token_id" in fields and not _in_vocabulary(fields["bos_token_id"], text["vocab_size"]):
+        fields["bos_token_id"] = None  # transformers' defaults (200034, 200020) reach small test vocabularies
+    fields.update(_rope(text, problems))
+    fields.update(_sparse_attention(text, problems))
+    fields["mlp_layer_types"] = _layer_kinds(text, "mlp_layer_types", "moe_layer_freq", text, DENSE_MLP, MOE_MLP)
+    fields["vision"] = _vision(config) if wrapped else None
+    fields["quantization"] = config.get("quantization_config") or text.get("quantization_config")
+    fields["extra"] = _unknown(config, text, wrapped)
+    if problems:
+        raise ConfigError("impossible configuration:\n  " + "\n  ".join(problems))
+    return MiniMaxM3Config(**fields)
+
+
+def _in_vocabulary(token_id: Any, vocab_size: Any) -> bool:
+    return not isinstance(token_id, int) or not isinstance(vocab_size, int) or 0 <= token_id < vocab_size
+
+
+def _eos(text: Mapping[str, Any]) -> int | tuple[int, ...] | None:
+    eos = text.get("eos_token_id")
+    if isinstance(eos, (list, tuple)):
+        return tuple(eos)
+    if eos is None or eos == 200020:  # transformers' default, meaningless in a smaller vocabulary
+        return 200020 if isinstance(text["vocab_size"], int) and text["vocab_size"] > 200020 else None
+    return eos
+
+
+def _rope(text: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """theta and the rotated width: `rope_parameters` when present, else the vendor's flat keys."""
+    parameters = text.get("rope_parameters") or {}
+    kind = parameters.get("rope_type", "default")
+    if kind != "default":
+        problems.append(f"rope_parameters.rope_type = {kind!r}: must be 'default'")
+    factor = parameters.get("partial_rotary_factor", text.get("partial_rotary_factor"))
+    from_factor = None if factor is None else int(text["head_dim"] * factor)
+    rotary_dim = text.get("rotary_dim")
+    if parameters or rotary_dim is None:  # transformers never reads rotary_dim: the factor decides, 1.0 if absent
+        rotary_dim = text["head_dim"] if from_factor is None else from_factor
+    elif from_factor is not None and from_factor != rotary_dim:
+        problems.append(
+            f"rotary_dim = {rotary_dim!r}: must be head_dim * partial_rotary_factor = {from_factor} when both are given"
+        )
+    theta = parameters.get("rope_theta", text.get("rope_theta", MiniMaxM3Config.rope_theta))
+    return {"rope_theta": theta, "rotary_dim": rotary_dim}
+
+
+def _sparse_attention(text: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    sparse = text.get("sparse_attention_config") or {}
+    score_type = sparse.get("sparse_score_type", "max")
+    if score_type != "max":
+        problems.append(f"sparse_attention_config.sparse_score_type = {score_type!r}: must be 'max'")
+    fields: dict[str, Any] = {}
+    for flat, vendor in _INDEX_KEYS.items():
+        if vendor in sparse:
+            fields[flat] = sparse[vendor]
+        elif flat in text:
+            fields[flat] = text[flat]
+    kinds = _layer_kinds(text, "layer_types", "sparse_attention_freq", sparse, FULL_ATTENTION, SPARSE_ATTENTION)
+    if sparse.get("use_sparse_attention") is False:
+        kinds = (FULL_ATTENTION,) * len(kinds)
+    index_value_off = sparse.get("sparse_disable_index_value")
+    if isinstance(index_value_off, (list, tuple)):
+        for layer_id, (kind, off) in enumerate(zip(kinds, index_value_off, strict=False)):
+            if kind == SPARSE_ATTENTION and not off:
+                problems.append(
+                    f"sparse_attention_config.sparse_disable_index_value[{layer_id}] = {off!r}: "
+                    "must be 1 on every sparse layer (the index branch has no value path)"
+                )
+                break
+    fields["layer_types"] = kinds
+    return fields
+
+
+def _layer_kinds(
+    text: Mapping[str, Any], names_key: str, freq_key: str, freq_home: Mapping[str, Any], off: str, on: str
+) -> tuple[str, ...]:
+    """Per-layer kinds from transformers' list of names or from the vendor's list of 0 and 1."""
+    if text.get(names_key) is not None:
+        return tuple(text[names_key])
+    freq = freq_home.get(freq_key)
+    if freq is None:  # transformers' defaults
+        return (FULL_ATTENTION if on == SPARSE_ATTENTION else MOE_MLP,) * text["num_hidden_layers"]
+    if not isinstance(freq, (list, tuple)):
+        raise ConfigError(f"{freq_key} = {freq!r}: must be a list of 0 and 1, one per layer")
+    if len(freq) != text["num_hidden_layers"]:
+        raise ConfigError(
+            f"{freq_key} has {len(freq)} entries: must be num_hidden_layers = {text['num_hidden_layers']}"
+        )
+    for layer_id, flag in enumerate(freq):
+        if flag not in (0, 1):
+            raise ConfigError(f"{freq_key}[{layer_id}] = {flag!r}: must be 0 or 1")
+    return tuple(on if flag else off for flag in freq)
+
+
+def _vision(config: Mapping[str, Any]) -> VisionConfig | None:
+    raw = config.get("vision_config")
+    if not raw:
+        return None
+    compression = raw.get("img_token_compression_config") or config.get("img_token_compression_config") or {}
+    values = {**compression, **raw}
+    names = {field.name for field in dataclasses.fields(VisionConfig)} - {"raw", "projector_hidden_size"}
+    sizes = {name: values[name] for name in names if name in values}
+    projector = config.get("projector_hidden_size", VisionConfig.projector_hidden_size)
+    return VisionConfig(**sizes, projector_hidden_size=projector, raw=dict(raw))
+
+
+def _unknown(config: Mapping[str, Any], text: Mapping[str, Any], wrapped: bool) -> dict[str, Any]:
+    """Keys that decide nothing here, kept as they stood: the text part's, and the wrapper's under "wrapper"."""
+    extra = {key: value for key, value in text.items() if key not in _TEXT_READ and key not in _TOP_READ}
+    if wrapped:
+        top = {key: value for key, value in config.items() if key not in _TOP_READ}
+        if top:
+            extra["wrapper"] = top
+    return extra
+
+
+def config_to_dict(config: MiniMaxM3Config, style: str) -> dict[str, Any]:
+    """See `MiniMaxM3Config.to_dict`."""
+    if style == "transformers":
+        return _transformers_dict(config)
+    if style == "vendor":
+        return _vendor_dict(config)
+    raise ValueError(f"style = {style!r}: must be 'vendor' or 'transformers'")
+
+
+def _plain_fields(config: MiniMaxM3Config) -> dict[str, Any]:
+    """What both styles write under the same names."""
+    fields = {key: getattr(config, key) for key in _PLAIN}
+    eos = config.eos_token_id
+    fields["eos_token_id"] = list(eos) if isinstance(eos, tuple) else eos
+    return fields
+
+
+def _transformers_dict(config: MiniMaxM3Config) -> dict[str, Any]:
+    result = {key: value for key, value in config.extra.items() if key != "wrapper"}
+    result.update(_plain_fields(config))
+    result.update({key: getattr(config, key) for key in _INDEX_KEYS})
+    result.update(
+        architectures=["MiniMaxM3VLForCausalLM"],
+        model_type="minimax_m3_vl_text",
+        hidden_act="silu",
+        layer_types=list(config.layer_types),
+        mlp_layer_types=list(config.mlp_layer_types),
+        rotary_dim=config.rotary_dim,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": config.rope_theta,
+            "partial_rotary_factor": config.rotary_dim / config.head_dim,
+        },
+    )
+    return result
+
+
+def _vendor_dict(config: MiniMaxM3Config) -> dict[str, Any]:
+    sparse = [int(config.is_sparse(i)) for i in range(config.num_hidden_layers)]
+    text = {key: value for key, value in config.extra.items() if key != "wrapper"}
+    text.update(_plain_fields(config))
+    text.update(
+        architectures=["MiniMaxM3SparseForCausalLM"],
+        scoring_func="sigmoid",
+        use_routing_bias=True,
+        moe_layer_freq=[int(config.is_moe(i)) for i in range(config.num_hidden_layers)],
+        hidden_act="swigluoai",
+        use_gemma_norm=True,
+        use_qk_norm=True,
+        qk_norm_type="per_head",
+        attention_output_gate=False,
+        rope_theta=config.rope_theta,
+        rotary_dim=config.rotary_dim,
+        partial_rotary_factor=config.rotary_dim / config.head_dim,
+        sparse_attention_config={
+            "use_sparse_attention": any(sparse),
+            **{vendor: getattr(config, flat) for flat, vendor in _INDEX_KEYS.items()},
+            "sparse_score_type": "max",
+            "sparse_attention_freq": sparse,
+            "sparse_disable_index_value": list(sparse),
+        },
+    )
+    result = dict(config.extra.get("wrapper", {}))
+    result.update(
+        architectures=["MiniMaxM3SparseForConditionalGeneration"], model_type="minimax_m3_vl", text_config=text
+    )
+    if config.vision is not None:
+        result["vision_config"] = dict(config.vision.raw)
+        result["projector_hidden_size"] = config.vision.projector_hidden_size
+    if config.quantization is not None:
+        result["quantization_config"] = dict(config.quantization)
+    return result
