@@ -1,0 +1,30 @@
+"""Attention and matmul operations for MiniMax-M3; knows nothing of the model or the engine.
+
+Shapes: T tokens, R requests, P pages, N pages per request (padded), Hq/Hkv/Hi query/KV/index heads,
+D channels, B tokens a page, E experts. Every operation takes `impl=None | "reference" | ...`.
+"""
+
+from minimax_kernels.batch import Batch, packed_batch
+from minimax_kernels.dense_attention.api import dense_attention
+from minimax_kernels.grouped_matmul.api import grouped_matmul
+from minimax_kernels.index_score.api import index_score
+from minimax_kernels.msa.api import msa
+from minimax_kernels.mxfp8 import Mxfp8
+from minimax_kernels.select_blocks.api import select_blocks
+from minimax_kernels.sparse_attention.api import sparse_attention
+from minimax_kernels.write_index.api import write_index
+from minimax_kernels.write_kv.api import write_kv
+
+__all__ = [
+    "Batch",
+    "Mxfp8",
+    "dense_attention",
+    "grouped_matmul",
+    "index_score",
+    "msa",
+    "packed_batch",
+    "select_blocks",
+    "sparse_attention",
+    "write_index",
+    "write_kv",
+]

@@ -1,0 +1,42 @@
+"""dense_attention: exact causal softmax attention over a paged cache."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float
+
+from minimax_kernels import checks
+from minimax_kernels.batch import Batch
+from minimax_kernels.dense_attention import reference
+from minimax_kernels.implementation import dispatch
+
+_IMPLEMENTATIONS = {"reference": reference.dense_attention}
+
+
+def dense_attention(
+    q: Float[Array, "T Hq D"],
+    k_cache: Float[Array, "P Hkv B D"],
+    v_cache: Float[Array, "P Hkv B D"],
+    batch: Batch,
+    *,
+    scale: float,
+    out: Float[Array, "T Hq D"] | None = None,
+    impl: str | None = None,
+) -> Float[Array, "T Hq D"]:
+    """Each token attends to all keys of its request at or before it.
+
+    Args:
+      q: queries, Hq / Hkv of them per KV head.
+      k_cache, v_cache: pages of B tokens.
+      batch: whose padding rows are not written.
+      scale: of q.k before the softmax, usually D ** -0.5.
+      out: buffer for the result, of q's shape and any float type; rows without a token keep what they hold.
+
+    Returns:
+      The attended values, accumulated in float32; zeros in padding rows when `out` is None.
+
+    Raises:
+      ValueError: for shapes or types that do not fit.
+      NotImplementedError: if the named implementation cannot serve the call.
+    """
+    checks.check_attention(q, k_cache, v_cache, batch, out)
+    return dispatch("dense_attention", _IMPLEMENTATIONS, impl, q, k_cache, v_cache, batch, scale=scale, out=out)

@@ -1,0 +1,42 @@
+"""Causal attention over the whole context of a paged cache in plain jnp."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from minimax_kernels.batch import Batch, query_tiles, scatter_rows, tile_size
+from minimax_kernels.masked_softmax import masked_attention
+
+
+def dense_attention(
+    q: Float[Array, "T Hq D"],
+    k_cache: Float[Array, "P Hkv B D"],
+    v_cache: Float[Array, "P Hkv B D"],
+    batch: Batch,
+    *,
+    scale: float,
+    out: Float[Array, "T Hq D"] | None,
+) -> Float[Array, "T Hq D"]:
+    """See `minimax_kernels.dense_attention`."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, block_size = k_cache.shape[1:3]
+    tables = jnp.maximum(batch.block_tables, 0)
+    tiles = query_tiles(batch, num_tokens, tile_size(num_tokens, batch.num_requests))
+    key_positions = jnp.arange(batch.num_blocks * block_size)
+
+    def attend_tile(tile):
+        request, rows, positions = tile
+        queries = q.at[rows].get(mode="fill", fill_value=0)
+        queries = queries.reshape(rows.shape[0], num_kv_heads, num_heads // num_kv_heads, head_dim)
+        pages = tables[request]
+        keys = k_cache[pages].swapaxes(0, 1).reshape(num_kv_heads, -1, head_dim)
+        values = v_cache[pages].swapaxes(0, 1).reshape(num_kv_heads, -1, head_dim)
+        mask = jnp.broadcast_to(key_positions <= positions[:, None], (num_kv_heads, rows.shape[0], keys.shape[1]))
+        attended = masked_attention(queries, keys, values, mask, scale)
+        return attended.reshape(rows.shape[0], num_heads, head_dim)
+
+    attended = jax.lax.map(jax.checkpoint(attend_tile), tuple(tiles))
+    base = jnp.zeros_like(q) if out is None else out
+    return scatter_rows(base, tiles.rows, attended)

@@ -1,0 +1,38 @@
+"""grouped_matmul: each group of rows times its own matrix."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int
+
+from minimax_kernels import checks
+from minimax_kernels.grouped_matmul import reference
+from minimax_kernels.implementation import dispatch
+from minimax_kernels.mxfp8 import Mxfp8
+
+_IMPLEMENTATIONS = {"reference": reference.grouped_matmul}
+
+
+def grouped_matmul(
+    x: Float[Array, "T K"],
+    w: Float[Array, "E K N"] | Mxfp8,
+    group_sizes: Int[Array, "E"],
+    *,
+    impl: str | None = None,
+) -> Float[Array, "T N"]:
+    """Multiplies the first group_sizes[0] rows with w[0], the next group_sizes[1] with w[1], and so on.
+
+    Rows past the sum of the group sizes give zeros. Products accumulate in float32; the result has x's type.
+
+    Raises:
+      ValueError: for shapes or types that do not fit.
+      NotImplementedError: if the named implementation cannot serve the call.
+    """
+    checks.check_rank("x", x, "[T, K]")
+    if w.ndim != 3:
+        raise ValueError(f"w has shape {tuple(w.shape)}: must be [E, K, N]")
+    checks.check_float("x", x)
+    checks.check_int("group_sizes", group_sizes)
+    checks.check_extent("x", "K", x.shape[1], w.shape[1], "in w")
+    checks.check_rank("group_sizes", group_sizes, "[E]")
+    checks.check_extent("group_sizes", "E", group_sizes.shape[0], w.shape[0], "in w")
+    return dispatch("grouped_matmul", _IMPLEMENTATIONS, impl, x, w, group_sizes)

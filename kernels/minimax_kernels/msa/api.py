@@ -1,0 +1,71 @@
+"""msa: score, select and attend in one call."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float
+
+from minimax_kernels import checks
+from minimax_kernels.batch import Batch
+from minimax_kernels.implementation import dispatch
+from minimax_kernels.msa import reference
+
+_IMPLEMENTATIONS = {"reference": reference.msa}
+
+
+def msa(
+    q: Float[Array, "T Hq D"],
+    k_cache: Float[Array, "P Hkv B D"],
+    v_cache: Float[Array, "P Hkv B D"],
+    idx_q: Float[Array, "T Hi Di"],
+    index_cache: Float[Array, "P B Di"],
+    batch: Batch,
+    *,
+    scale: float,
+    topk: int,
+    init_blocks: int = 0,
+    local_blocks: int = 1,
+    out: Float[Array, "T Hq D"] | None = None,
+    impl: str | None = None,
+) -> Float[Array, "T Hq D"]:
+    """MiniMax sparse attention: `index_score`, `select_blocks` and `sparse_attention` as one operation.
+
+    Index head h serves the KV heads h * Hkv / Hi onwards; with more index heads than KV heads, the query
+    heads of a KV group split among its index heads. Up to topk * B tokens of context the result is that of
+    `dense_attention`.
+
+    Raises:
+      ValueError: for shapes, types or options that do not fit.
+      NotImplementedError: if the named implementation cannot serve the call.
+    """
+    checks.check_attention(q, k_cache, v_cache, batch, out)
+    checks.check_rank("idx_q", idx_q, "[T, Hi, Di]")
+    checks.check_rank("index_cache", index_cache, "[P, B, Di]")
+    checks.check_float("idx_q", idx_q)
+    checks.check_extent("idx_q", "T", idx_q.shape[0], q.shape[0], "in q")
+    checks.check_extent("idx_q", "Di", idx_q.shape[2], index_cache.shape[2], "in index_cache")
+    checks.check_extent("index_cache", "B", index_cache.shape[1], k_cache.shape[2], "in k_cache")
+    kv_heads, index_heads = k_cache.shape[1], idx_q.shape[1]
+    if kv_heads % index_heads and index_heads % kv_heads:
+        raise ValueError(f"idx_q's Hi = {index_heads}: must divide k_cache's Hkv = {kv_heads}, or be a multiple of it")
+    checks.check_multiple("q's Hq", q.shape[1], "idx_q's Hi", index_heads)
+    checks.check_positive("topk", topk)
+    checks.check_positive("init_blocks", init_blocks, 0)
+    checks.check_positive("local_blocks", local_blocks, 0)
+    if init_blocks + local_blocks > topk:
+        raise ValueError(f"topk = {topk}: must be at least init_blocks + local_blocks = {init_blocks + local_blocks}")
+    return dispatch(
+        "msa",
+        _IMPLEMENTATIONS,
+        impl,
+        q,
+        k_cache,
+        v_cache,
+        idx_q,
+        index_cache,
+        batch,
+        scale=scale,
+        topk=topk,
+        init_blocks=init_blocks,
+        local_blocks=local_blocks,
+        out=out,
+    )

@@ -1,0 +1,60 @@
+"""select_blocks: the blocks of keys that each token attends to."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int
+
+from minimax_kernels import checks
+from minimax_kernels.batch import Batch
+from minimax_kernels.implementation import dispatch
+from minimax_kernels.select_blocks import reference
+
+_IMPLEMENTATIONS = {"reference": reference.select_blocks}
+
+
+def select_blocks(
+    scores: Float[Array, "Hi T N"],
+    batch: Batch,
+    *,
+    topk: int,
+    init_blocks: int = 0,
+    local_blocks: int = 1,
+    impl: str | None = None,
+) -> Int[Array, "Hi T topk"]:
+    """Picks, for each token and index head, the `topk` best visible blocks.
+
+    The first `init_blocks` blocks and the last `local_blocks` up to the token's own are always taken and
+    count inside `topk`. Of equal scores the lower block id wins.
+
+    Args:
+      scores: from `index_score`; -inf marks what a token cannot see.
+      batch: whose padding rows select nothing.
+
+    Returns:
+      Logical block ids, valid ones first, -1 after them.
+
+    Raises:
+      ValueError: for shapes or options that do not fit.
+      NotImplementedError: if the named implementation cannot serve the call.
+    """
+    checks.check_rank("scores", scores, "[Hi, T, N]")
+    checks.check_float("scores", scores)
+    checks.check_positive("topk", topk)
+    checks.check_positive("init_blocks", init_blocks, 0)
+    checks.check_positive("local_blocks", local_blocks, 0)
+    if init_blocks + local_blocks > topk:
+        raise ValueError(
+            f"topk = {topk}: must be at least init_blocks + local_blocks = {init_blocks + local_blocks}, "
+            "which count inside it"
+        )
+    checks.check_extent("scores", "N", scores.shape[2], batch.num_blocks, "in batch.block_tables")
+    return dispatch(
+        "select_blocks",
+        _IMPLEMENTATIONS,
+        impl,
+        scores,
+        batch,
+        topk=topk,
+        init_blocks=init_blocks,
+        local_blocks=local_blocks,
+    )

@@ -1,0 +1,49 @@
+"""write_kv: new keys and values into their pages."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int
+
+from minimax_kernels import checks
+from minimax_kernels.implementation import dispatch
+from minimax_kernels.write_kv import reference
+
+_IMPLEMENTATIONS = {"reference": reference.write_kv}
+
+
+def write_kv(
+    k_cache: Float[Array, "P Hkv B D"],
+    v_cache: Float[Array, "P Hkv B D"],
+    k: Float[Array, "T Hkv D"],
+    v: Float[Array, "T Hkv D"],
+    slots: Int[Array, "T"],
+    *,
+    impl: str | None = None,
+) -> tuple[Float[Array, "P Hkv B D"], Float[Array, "P Hkv B D"]]:
+    """Writes each token's key and value to its slot; in place when the caches are donated.
+
+    Args:
+      k_cache, v_cache: pages of B tokens.
+      k, v: new keys and values; cast to the caches' type.
+      slots: page * B + offset of each token; -1 is skipped.
+      impl: None for the best that can serve, or a name.
+
+    Returns:
+      The two caches.
+
+    Raises:
+      ValueError: for shapes or types that do not fit.
+      NotImplementedError: if the named implementation cannot serve the call.
+    """
+    checks.check_rank("k_cache", k_cache, "[P, Hkv, B, D]")
+    checks.check_rank("k", k, "[T, Hkv, D]")
+    checks.check_rank("slots", slots, "[T]")
+    checks.check_int("slots", slots)
+    if v_cache.shape != k_cache.shape:
+        raise ValueError(f"v_cache has shape {v_cache.shape}: must be {k_cache.shape}, as k_cache")
+    if v.shape != k.shape:
+        raise ValueError(f"v has shape {v.shape}: must be {k.shape}, as k")
+    checks.check_extent("k", "Hkv", k.shape[1], k_cache.shape[1], "in k_cache")
+    checks.check_extent("k", "D", k.shape[2], k_cache.shape[3], "in k_cache")
+    checks.check_extent("slots", "T", slots.shape[0], k.shape[0], "in k")
+    return dispatch("write_kv", _IMPLEMENTATIONS, impl, k_cache, v_cache, k, v, slots)
