@@ -1,0 +1,75 @@
+"""The attention layer around the boundary: projections, norms and RoPE; `attend` does the rest."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from minimax_jax.config import MiniMaxM3Config
+from minimax_jax.model.linear import linear, normal_init
+from minimax_jax.model.norm import RMSNorm
+from minimax_jax.model.rope import RopeTables, apply_rope
+
+
+class Attend(Protocol):
+    """How attention meets its context: no cache, functional caches, or a boundary to the host."""
+
+    def __call__(
+        self,
+        layer_id: int,
+        q: Float[Array, "T Hq D"],
+        k: Float[Array, "T Hkv D"],
+        v: Float[Array, "T Hkv D"],
+        idx_q: Float[Array, "T Hi Di"] | None,
+        idx_k: Float[Array, "T 1 Di"] | None,
+    ) -> Float[Array, "T Hq*D"]:
+        """Attended values; the index operands are None on dense layers."""
+        ...
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with per-head QK norm, partial RoPE and, on sparse layers, the index branch."""
+
+    def __init__(self, config: MiniMaxM3Config, layer_id: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        hidden, head_dim, index_dim = config.hidden_size, config.head_dim, config.index_head_dim
+
+        def weight(rows: int, columns: int) -> nnx.Param:
+            return nnx.Param(normal_init(rngs.params(), (rows, columns), dtype))
+
+        self.q_proj = weight(hidden, config.num_attention_heads * head_dim)
+        self.k_proj = weight(hidden, config.num_key_value_heads * head_dim)
+        self.v_proj = weight(hidden, config.num_key_value_heads * head_dim)
+        self.o_proj = weight(config.num_attention_heads * head_dim, hidden)
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype)
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype)
+        self.sparse = config.is_sparse(layer_id)
+        if self.sparse:
+            self.index_q_proj = weight(hidden, config.index_n_heads * index_dim)
+            self.index_k_proj = weight(hidden, index_dim)
+            self.index_q_norm = RMSNorm(index_dim, config.rms_norm_eps, dtype)
+            self.index_k_norm = RMSNorm(index_dim, config.rms_norm_eps, dtype)
+        self.config = config
+        self.layer_id = layer_id
+
+    def __call__(self, x: Float[Array, "T H"], rope: RopeTables, attend: Attend) -> Float[Array, "T H"]:
+        """The result is this rank's part of the sum over tensor ranks."""
+        num_tokens, head_dim = x.shape[0], self.config.head_dim
+
+        def heads(source: Array, proj: nnx.Param, channels: int) -> Array:
+            return linear(source, proj.get_value()).reshape(num_tokens, -1, channels)
+
+        q = apply_rope(self.q_norm(heads(x, self.q_proj, head_dim)), rope)
+        k = apply_rope(self.k_norm(heads(x, self.k_proj, head_dim)), rope)
+        v = heads(x, self.v_proj, head_dim)
+        idx_q = idx_k = None
+        if self.sparse:
+            # selection has no gradient, and the index branch learns from its own loss alone (MSA, training)
+            detached, index_dim = jax.lax.stop_gradient(x), self.config.index_head_dim
+            idx_q = apply_rope(self.index_q_norm(heads(detached, self.index_q_proj, index_dim)), rope)
+            idx_k = apply_rope(self.index_k_norm(heads(detached, self.index_k_proj, index_dim)), rope)
+        attended = attend(self.layer_id, q, k, v, idx_q, idx_k)
+        return linear(attended.astype(x.dtype), self.o_proj.get_value())

@@ -1,0 +1,39 @@
+"""What a model asks of the ranks it runs on; on one device, nothing."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int
+
+
+class Comm:
+    """The communication points of the model; this class is the one-device case, the identity at each.
+
+    A parallel layout passes a subclass beside `attend`; the modules stay the same.
+    """
+
+    def sum_tensor(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
+        """Sums partial results over tensor ranks (after o_proj, down_proj and a split embedding)."""
+        return x
+
+    def gather_vocab(self, logits: Float[Array, "T V"]) -> Float[Array, "T V"]:
+        """Joins the vocabulary slices of the ranks' logits."""
+        return logits
+
+    def route(
+        self, layer_id: int, expert_ids: Int[Array, "T k"], weights: Float[Array, "T k"]
+    ) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
+        """Sees every routing decision of layer `layer_id`, in global expert ids, before tokens are dispatched."""
+        return expert_ids, weights
+
+    def dispatch(
+        self, x: Float[Array, "T H"], expert_ids: Int[Array, "T k"], weights: Float[Array, "T k"]
+    ) -> tuple[Float[Array, "S H"], Int[Array, "S k"], Float[Array, "S k"]]:
+        """Brings tokens to the ranks of their experts: rows, local expert ids and weights to work on here."""
+        return x, expert_ids, weights
+
+    def combine(self, y: Float[Array, "S H"]) -> Float[Array, "T H"]:
+        """Brings the experts' sums back to the tokens' ranks."""
+        return y
+
+
+SINGLE_DEVICE = Comm()

@@ -1,0 +1,99 @@
+"""The MiniMax-M3 text model."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from minimax_jax.config import MiniMaxM3Config
+from minimax_jax.model.attention import Attend, Attention
+from minimax_jax.model.comm import SINGLE_DEVICE, Comm
+from minimax_jax.model.linear import linear, normal_init
+from minimax_jax.model.mlp import MLP
+from minimax_jax.model.moe import MoE
+from minimax_jax.model.norm import RMSNorm
+from minimax_jax.model.rope import RopeTables, rope_tables
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and MLP (or mixture of experts) with residuals."""
+
+    def __init__(self, config: MiniMaxM3Config, layer_id: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.self_attn = Attention(config, layer_id, dtype, rngs)
+        if config.is_moe(layer_id):
+            self.mlp: MLP | MoE = MoE(config, layer_id, dtype, rngs)
+        else:
+            self.mlp = MLP(config, config.dense_intermediate_size, dtype, rngs)
+
+    def __call__(self, x: Float[Array, "T H"], rope: RopeTables, attend: Attend, comm: Comm) -> Float[Array, "T H"]:
+        x = x + comm.sum_tensor(self.self_attn(self.input_layernorm(x), rope, attend))
+        normed = self.post_attention_layernorm(x)
+        update = self.mlp(normed, comm) if isinstance(self.mlp, MoE) else self.mlp(normed)
+        return x + comm.sum_tensor(update)
+
+
+class MiniMaxM3(nnx.Module):
+    """Embedding, decoder layers and head over flat tokens; no cache, no host state, no device choice.
+
+    `embed`, `run_layers` and `head` are separate so that callers can splice in between. Matrices live in
+    `dtype` (bfloat16 or float32), routers in float32, logits come in float32.
+    """
+
+    def __init__(self, config: MiniMaxM3Config, *, dtype: jnp.dtype = jnp.bfloat16, rngs: nnx.Rngs):
+        self.embed_tokens = nnx.Param(normal_init(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
+        self.layers = nnx.List([DecoderLayer(config, i, dtype, rngs) for i in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Param(normal_init(rngs.params(), (config.hidden_size, config.vocab_size), dtype))
+        self.config = config
+
+    def embed(self, input_ids: Int[Array, "T"]) -> Float[Array, "T H"]:
+        """Token embeddings."""
+        return self.embed_tokens[...][input_ids]
+
+    def run_layers(
+        self, hidden: Float[Array, "T H"], positions: Int[Array, "T"], attend: Attend, comm: Comm = SINGLE_DEVICE
+    ) -> Float[Array, "T H"]:
+        """All decoder layers; `positions` count from 0 in each request."""
+        rope = rope_tables(positions, self.config.rope_theta, self.config.rotary_dim)
+        for layer in self.layers:
+            hidden = layer(hidden, rope, attend, comm)
+        return hidden
+
+    def head(self, hidden: Float[Array, "T H"], comm: Comm = SINGLE_DEVICE) -> Float[Array, "T V"]:
+        """Final norm and logits in float32."""
+        matrix = self.embed_tokens[...].T if self.config.tie_word_embeddings else self.lm_head.get_value()
+        return comm.gather_vocab(linear(self.norm(hidden), matrix, jnp.float32))
+
+    def __call__(
+        self, input_ids: Int[Array, "T"], positions: Int[Array, "T"], attend: Attend, comm: Comm = SINGLE_DEVICE
+    ) -> Float[Array, "T V"]:
+        return self.head(self.run_layers(self.embed(input_ids), positions, attend, comm), comm)
+
+
+State = dict[str, jax.Array]
+
+
+def abstract_model(config: MiniMaxM3Config, dtype: jnp.dtype = jnp.bfloat16) -> MiniMaxM3:
+    """A model whose weights are shapes only; takes no memory."""
+    return nnx.eval_shape(lambda: MiniMaxM3(config, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def split_model(model: MiniMaxM3) -> tuple[nnx.GraphDef, State]:
+    """(graph definition, weights by dotted name such as "layers.3.self_attn.q_proj")."""
+    graphdef, state = nnx.split(model, nnx.Param)
+    named = {".".join(map(str, path)): value.get_value() for path, value in nnx.to_flat_state(state)}
+    return graphdef, named
+
+
+def merge_model(graphdef: nnx.GraphDef, weights: State) -> MiniMaxM3:
+    """The model that `split_model` took apart; to be called inside a trace, with the weights as its inputs."""
+    flat = {
+        tuple(int(part) if part.isdigit() else part for part in name.split(".")): nnx.Param(value)
+        for name, value in weights.items()
+    }
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))

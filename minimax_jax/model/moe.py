@@ -1,0 +1,74 @@
+"""Mixture of experts: sigmoid router, routed experts and a shared expert."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from minimax_jax.config import MiniMaxM3Config
+from minimax_jax.model.comm import Comm
+from minimax_jax.model.linear import linear, normal_init
+from minimax_jax.model.mlp import MLP, swigluoai
+from minimax_kernels import grouped_matmul
+
+
+class Router(nnx.Module):
+    """Chooses `num_experts_per_tok` experts a token; float32 throughout, whatever the model's type."""
+
+    def __init__(self, config: MiniMaxM3Config, rngs: nnx.Rngs):
+        shape = (config.hidden_size, config.num_local_experts)
+        self.weight = nnx.Param(normal_init(rngs.params(), shape, jnp.float32))
+        self.e_score_correction_bias = nnx.Param(jnp.zeros((config.num_local_experts,), jnp.float32))
+        self.config = config
+
+    def __call__(self, x: Float[Array, "T H"]) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
+        """Expert ids and their weights: sigmoid scores, renormalised, times `routed_scaling_factor`.
+
+        The correction bias takes part in the choice only (`use_routing_bias`).
+        """
+        scores = jax.nn.sigmoid(linear(x.astype(jnp.float32), self.weight[...]))
+        _, expert_ids = jax.lax.top_k(scores + self.e_score_correction_bias[...], self.config.num_experts_per_tok)
+        chosen = jnp.take_along_axis(scores, expert_ids, axis=-1)
+        weights = chosen / chosen.sum(axis=-1, keepdims=True) * self.config.routed_scaling_factor
+        return expert_ids, weights
+
+
+class Experts(nnx.Module):
+    """The routed experts that live on this rank."""
+
+    def __init__(self, config: MiniMaxM3Config, dtype: jnp.dtype, rngs: nnx.Rngs):
+        experts, hidden, width = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.gate_up_proj = nnx.Param(normal_init(rngs.params(), (experts, hidden, 2 * width), dtype))
+        self.down_proj = nnx.Param(normal_init(rngs.params(), (experts, width, hidden), dtype))
+        self.config = config
+
+    def __call__(
+        self, x: Float[Array, "T H"], expert_ids: Int[Array, "T k"], weights: Float[Array, "T k"]
+    ) -> Float[Array, "T H"]:
+        """Weighted sum of each token's experts, added up in float32 in the token's own order of experts."""
+        num_tokens, per_token = expert_ids.shape
+        flat_ids = expert_ids.reshape(-1)
+        order = jnp.argsort(flat_ids, stable=True)
+        group_sizes = jnp.zeros((self.config.num_local_experts,), jnp.int32).at[flat_ids].add(1, mode="drop")
+        gate_up = grouped_matmul(x[order // per_token], self.gate_up_proj.get_value(), group_sizes)
+        rows = grouped_matmul(swigluoai(gate_up, self.config), self.down_proj.get_value(), group_sizes)
+        place = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=order.dtype))
+        outputs = rows[place].reshape(num_tokens, per_token, -1).astype(jnp.float32)
+        return (outputs * weights[..., None]).sum(axis=1).astype(x.dtype)
+
+
+class MoE(nnx.Module):
+    """Routed experts plus the shared expert."""
+
+    def __init__(self, config: MiniMaxM3Config, layer_id: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.gate = Router(config, rngs)
+        self.experts = Experts(config, dtype, rngs)
+        self.shared_experts = MLP(config, config.shared_intermediate_size, dtype, rngs)
+        self.layer_id = layer_id
+
+    def __call__(self, x: Float[Array, "T H"], comm: Comm) -> Float[Array, "T H"]:
+        expert_ids, weights = comm.route(self.layer_id, *self.gate(x))
+        routed = comm.combine(self.experts(*comm.dispatch(x, expert_ids, weights)))
+        return routed + self.shared_experts(x)
