@@ -1,0 +1,154 @@
+"""Loads a checkpoint onto a device: everything is verified first, then one state tensor at a time streams in."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import ml_dtypes
+import numpy as np
+
+from minimax_jax.checkpoint.errors import CheckpointError
+from minimax_jax.checkpoint.files import CheckpointFiles
+from minimax_jax.checkpoint.names import STYLES, Range, StateTensor, Style, detect_style, state_tensors
+from minimax_jax.checkpoint.read import read_state_tensor
+from minimax_jax.checkpoint.verify import compare
+from minimax_jax.config import MiniMaxM3Config
+from minimax_jax.paths import model_directory
+
+if TYPE_CHECKING:
+    import jax
+
+_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+_MAX_THREADS = 8
+_PROGRESS_DELAY = 2.0  # seconds; a load that is over sooner shows nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadPlan:
+    """A checkpoint that was found to hold every tensor the configuration needs. A context manager.
+
+    Attributes:
+      files: the open files.
+      style: the name style they are in.
+      tensors: by state name.
+      dtype: of the state, but for the router, which stays float32.
+    """
+
+    files: CheckpointFiles
+    style: Style
+    tensors: dict[str, StateTensor]
+    dtype: np.dtype
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.files.close()
+
+    def dtype_of(self, name: str) -> np.dtype:
+        """The dtype of one state tensor."""
+        return _DTYPES["float32"] if self.tensors[name].float32 else self.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole state."""
+        return sum(int(np.prod(t.shape)) * self.dtype_of(name).itemsize for name, t in self.tensors.items())
+
+    def read(self, name: str, ranges: tuple[Range, ...] | None = None, executor: Executor | None = None) -> np.ndarray:
+        """One state tensor on the host, or the half-open `ranges` of it, one per axis; see `read_state_tensor`."""
+        return read_state_tensor(self.files, self.tensors[name], self.dtype_of(name), ranges, executor)
+
+
+def plan_load(directory: str | Path, config: MiniMaxM3Config, dtype: Any = "bfloat16") -> LoadPlan:
+    """Opens a checkpoint and verifies all of it from the headers, without reading weights or touching a device.
+
+    Args:
+      directory: with `*.safetensors`; "tiny" is the embedded checkpoint.
+      config: the model to load.
+      dtype: "bfloat16" or "float32", of the state.
+
+    Raises:
+      FileNotFoundError: if there is no such directory.
+      ValueError: for another dtype.
+      CheckpointError: if a file is malformed or truncated, or a tensor is missing, extra, misshapen or of a
+        wrong dtype (MXFP8 scales too); one error lists everything.
+    """
+    wanted = _state_dtype(dtype)
+    path = model_directory(directory)
+    files = CheckpointFiles.open(path)
+    try:
+        style = detect_style(files.names())
+        if style is None:
+            bodies = ", ".join(repr(style.body) for style in STYLES.values())
+            raise CheckpointError(path, f"no tensor name starts as MiniMax-M3's do (with {bodies})")
+        tensors = state_tensors(config, style)
+        problems = compare(files, config, style, tensors).all()
+        if problems:
+            raise CheckpointError(path, problems)
+    except BaseException:
+        files.close()
+        raise
+    return LoadPlan(files, style, tensors, wanted)
+
+
+def load_state(
+    directory: str | Path,
+    config: MiniMaxM3Config,
+    dtype: Any = "bfloat16",
+    *,
+    device: jax.Device | jax.sharding.Sharding | None = None,
+    progress: bool = True,
+) -> dict[str, jax.Array]:
+    """The text model's state, on a device, under the model's own names.
+
+    Streams: beside what is already on the device, the host holds one state tensor and a few megabytes. If it
+    fails or is interrupted, what had been loaded is freed before the exception leaves.
+
+    Args:
+      directory, config, dtype: as for `plan_load`.
+      device: where to, None for JAX's default device.
+      progress: a bar on stderr when loading takes more than two seconds.
+
+    Raises:
+      As `plan_load`, before any device memory is taken.
+    """
+    with plan_load(directory, config, dtype) as plan:
+        import jax
+        from tqdm import tqdm
+
+        state: dict[str, jax.Array] = {}
+        threads = ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="load")
+        bar = tqdm(
+            total=plan.num_bytes, desc="Loading weights", unit="B", unit_scale=True, file=sys.stderr,
+            delay=_PROGRESS_DELAY, disable=not progress, leave=False,
+        )  # fmt: skip
+        try:
+            for name in plan.tensors:
+                state[name] = jax.device_put(plan.read(name, executor=threads), device)
+                state[name].block_until_ready()  # so that the host's copy is gone before the next one comes
+                bar.update(state[name].nbytes)
+        except BaseException:
+            # A traceback keeps this frame, and with it the arrays, alive for as long as anyone holds it.
+            for array in state.values():
+                array.delete()
+            state.clear()
+            raise
+        finally:
+            threads.shutdown(wait=True, cancel_futures=True)
+            bar.close()
+    return state
+
+
+def _state_dtype(dtype: Any) -> np.dtype:
+    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    if name not in _DTYPES:
+        raise ValueError(f"dtype = {name!r}: must be {' or '.join(map(repr, _DTYPES))}")
+    return _DTYPES[name]
