@@ -1,0 +1,305 @@
+"""MiniMaxM3ForCausalLM: the model as users hold it, with weights, tokenizer and generation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from minimax_jax.attention import ReferenceAttend
+from minimax_jax.checkpoint import load_state, save_state
+from minimax_jax.config import MiniMaxM3Config
+from minimax_jax.engine.buckets import bucket
+from minimax_jax.engine.generation import generate_tokens
+from minimax_jax.engine.generation_config import GenerationConfig
+from minimax_jax.engine.prompts import is_torch_tensor, read_prompts
+from minimax_jax.engine.steps import Steps
+from minimax_jax.model import MiniMaxM3, abstract_model, merge_model, split_model
+from minimax_jax.paths import model_directory
+from minimax_jax.tokenizer import Tokenizer
+
+_DEFAULT_NEW_TOKENS = 256
+_TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_DTYPES = ("auto", "bfloat16", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalLMOutput:
+    """What a forward pass gives.
+
+    Attributes:
+      logits: [R, L, V] float32; zeros where the attention mask is 0.
+    """
+
+    logits: Any
+
+
+class Streamer(Protocol):
+    """Receives tokens while they are generated; transformers' streamers fit."""
+
+    def put(self, value: np.ndarray) -> None:
+        """First the prompts [R, L], then each step's new tokens [R]."""
+
+    def end(self) -> None:
+        """No more tokens will come."""
+
+
+class MiniMaxM3ForCausalLM:
+    """A MiniMax-M3 language model: `from_pretrained`, call for logits, `generate`.
+
+    Attributes:
+      config: the architecture.
+      generation_config: defaults of `generate`.
+      dtype: of matrices and caches.
+    """
+
+    def __init__(
+        self,
+        config: MiniMaxM3Config,
+        state: dict[str, jax.Array],
+        *,
+        generation_config: GenerationConfig | None = None,
+        directory: Path | None = None,
+    ):
+        """Takes a model apart that is already in memory; see `from_pretrained` and `from_config`.
+
+        Args:
+          state: weights by dotted name, as `minimax_jax.checkpoint.load_state` gives them.
+          directory: where tokenizer files lie, if anywhere.
+
+        Raises:
+          ValueError: if a weight is missing, unknown or of the wrong shape.
+        """
+        self.config = config
+        self.dtype = state["embed_tokens"].dtype
+        graphdef, expected = split_model(abstract_model(config, self.dtype))
+        wrong = sorted(set(expected) ^ set(state))
+        wrong += [name for name in expected if name in state and state[name].shape != expected[name].shape]
+        if wrong:
+            raise ValueError(f"state does not fit the config at {', '.join(wrong[:5])} ({len(wrong)} in all)")
+        self.generation_config = generation_config or GenerationConfig(eos_token_id=config.eos_token_ids)
+        self._names = tuple(expected)
+        self._leaves = [state[name] for name in self._names]
+        self._graphdef = graphdef
+        self._directory = directory
+        self._steps = Steps(config, graphdef, self._names)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, dtype: str = "auto", *, device: Any = None, progress: bool = True
+    ) -> MiniMaxM3ForCausalLM:
+        """Loads a checkpoint directory in the Hugging Face format; "tiny" is the embedded one.
+
+        Args:
+          directory: with config.json and safetensors, in the vendor's or transformers' names, BF16 or MXFP8
+            (dequantised while loading).
+          dtype: "bfloat16", "float32", or "auto": bfloat16 on an accelerator, float32 on a CPU.
+          device: a jax device or sharding; the default device if None.
+          progress: whether loads of more than two seconds show a bar on stderr.
+
+        Raises:
+          FileNotFoundError: no such directory or config.json.
+          ConfigError, CheckpointError: what the files hold cannot be loaded; nothing was.
+          ValueError: for another dtype.
+        """
+        path = model_directory(directory)
+        config = MiniMaxM3Config.from_pretrained(path)
+        generation_config = GenerationConfig.from_pretrained(path, config.eos_token_ids)
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype = {dtype!r}: must be one of {', '.join(map(repr, _DTYPES))}")
+        if dtype == "auto":
+            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        state = load_state(path, config, dtype, device=device, progress=progress)
+        return cls(config, state, generation_config=generation_config, directory=path)
+
+    @classmethod
+    def from_config(cls, config: MiniMaxM3Config, dtype: str = "float32", seed: int = 0) -> MiniMaxM3ForCausalLM:
+        """A model with random weights."""
+        _, state = split_model(MiniMaxM3(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(seed)))
+        return cls(config, state)
+
+    def save_pretrained(self, directory: str | Path, *, style: str = "transformers") -> None:
+        """Writes config, weights, generation config and tokenizer files.
+
+        Args:
+          style: "transformers" (what `MiniMaxM3VLForCausalLM.from_pretrained` loads) or "vendor".
+        """
+        target = Path(directory)
+        save_state(self.state(), self.config, target, style=style)
+        self.generation_config.write(target)
+        if self._directory is not None:
+            for name in _TEXT_FILES:
+                source = self._directory / name
+                if source.is_file() and source.resolve() != (target / name).resolve():
+                    shutil.copyfile(source, target / name)
+
+    def state(self) -> dict[str, jax.Array]:
+        """Weights by dotted name, matrices [in, out]."""
+        return dict(zip(self._names, self._leaves, strict=True))
+
+    def num_parameters(self) -> int:
+        """Parameters in memory (the text model)."""
+        return sum(leaf.size for leaf in self._leaves)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer.
+
+        Raises:
+          FileNotFoundError: if the model came with none.
+        """
+        if self._directory is None:
+            raise FileNotFoundError("this model was not loaded from a directory, so it has no tokenizer")
+        return Tokenizer.from_pretrained(self._directory)
+
+    def __call__(self, input_ids: Any, attention_mask: Any = None) -> CausalLMOutput:
+        """Logits of every token, without a cache.
+
+        Args:
+          input_ids: [R, L] or [L] ids: NumPy, JAX, torch, or lists (of different lengths, if need be).
+          attention_mask: of the same shape, 0 on padding, which may stand on either side.
+
+        Returns:
+          `.logits`: torch if the ids were, else JAX.
+
+        Raises:
+          ValueError: for an empty or too long prompt, ids outside the vocabulary, a mask that does not fit.
+        """
+        prompts = self._read(input_ids, attention_mask)
+        lengths = np.array([len(tokens) for tokens in prompts.tokens], np.int32)
+        total, num_rows = int(lengths.sum()), bucket(len(lengths))
+        num_tokens = bucket(total, 16)
+        tokens, positions = np.zeros(num_tokens, np.int32), np.zeros(num_tokens, np.int32)
+        tokens[:total] = np.concatenate(prompts.tokens)
+        positions[:total] = np.concatenate([np.arange(length) for length in lengths])
+        starts = np.full(num_rows + 1, total, np.int32)
+        starts[: len(lengths)] = np.cumsum(lengths) - lengths
+        flat = self._forward(self._leaves, tokens, positions, starts, max_len=bucket(int(lengths.max())))
+        logits = jnp.zeros((*prompts.kept.shape, self.config.vocab_size), flat.dtype)
+        logits = logits.at[np.nonzero(prompts.kept)].set(flat[:total])
+        return CausalLMOutput(_like(input_ids, logits))
+
+    @functools.cached_property
+    def _forward(self):
+        names, graphdef, config = self._names, self._graphdef, self.config
+
+        @functools.partial(jax.jit, static_argnames="max_len")
+        def forward(leaves, tokens, positions, starts, *, max_len):
+            model = merge_model(graphdef, dict(zip(names, leaves, strict=True)))
+            attend = ReferenceAttend(config, starts, tokens.shape[0], max_len)
+            return model(tokens, positions, attend)
+
+        return forward
+
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        *,
+        max_new_tokens: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int = 0,
+        eos_token_id: int | list[int] | None = None,
+        streamer: Streamer | None = None,
+    ) -> Any:
+        """Continues prompts until each has met an end-of-text token or `max_new_tokens` are written.
+
+        Options that are None come from `generation_config`. Row r's random draws depend on the seed, r and
+        the position alone.
+
+        Args:
+          input_ids, attention_mask: as in a call.
+          max_new_tokens: None for 256, or what room there is; prompt and new tokens must fit
+            `max_position_embeddings`.
+          eos_token_id: ids that end a row; -1 for none.
+          streamer: receives the tokens as they come.
+
+        Returns:
+          [R, L + new] ids: the prompts as given, then the new tokens; a row that ended early is filled with
+          the pad token (by default the first end-of-text id). torch if the ids were, else JAX.
+
+        Raises:
+          ValueError: for options out of range, and as in a call.
+        """
+        if eos_token_id == -1:
+            eos_token_id = []
+        options = self.generation_config.override(
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            eos_token_id=eos_token_id,
+        )
+        prompts = self._read(input_ids, attention_mask)
+        budget = self._budget(options, max(len(tokens) for tokens in prompts.tokens))
+        ends = np.array(options.eos_token_id, np.int32)
+        pad = options.pad_token_id if options.pad_token_id is not None else (ends[0] if ends.size else 0)
+        steps = generate_tokens(
+            self._steps,
+            self._leaves,
+            self.config,
+            prompts.tokens,
+            options,
+            max_new_tokens=budget,
+            seed=seed,
+            cache_dtype=self.dtype,
+        )
+        if streamer is not None:
+            streamer.put(prompts.padded)
+        columns, ended = [], np.zeros(len(prompts.tokens), bool)
+        for tokens in steps:
+            tokens = np.where(ended, pad, tokens).astype(np.int32)
+            columns.append(tokens)
+            if streamer is not None:
+                streamer.put(tokens)
+            ended |= np.isin(tokens, ends)
+            if ended.all():
+                break
+        if streamer is not None:
+            streamer.end()
+        return _like(input_ids, jnp.asarray(np.concatenate([prompts.padded, np.stack(columns, axis=1)], axis=1)))
+
+    def _read(self, input_ids: Any, attention_mask: Any):
+        return read_prompts(
+            input_ids,
+            attention_mask,
+            vocab_size=self.config.vocab_size,
+            max_len=self.config.max_position_embeddings,
+        )
+
+    def _budget(self, options: GenerationConfig, longest: int) -> int:
+        room = self.config.max_position_embeddings - longest
+        if room < 1:
+            raise ValueError(
+                f"input_ids has {longest} tokens: generation needs at least one of "
+                f"max_position_embeddings = {self.config.max_position_embeddings} to be free"
+            )
+        if options.max_new_tokens is None:
+            return min(_DEFAULT_NEW_TOKENS, room)
+        if options.max_new_tokens > room:
+            raise ValueError(
+                f"max_new_tokens = {options.max_new_tokens}: at most {room} fit after a prompt of {longest} tokens "
+                f"(max_position_embeddings = {self.config.max_position_embeddings})"
+            )
+        return options.max_new_tokens
+
+
+def _like(given: Any, result: jax.Array) -> Any:
+    """The result as a torch tensor if torch came in."""
+    if not is_torch_tensor(given):
+        return result
+    import torch
+
+    tensor = torch.from_dlpack(result)
+    return tensor.to(torch.int64) if tensor.dtype == torch.int32 else tensor

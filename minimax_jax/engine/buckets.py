@@ -1,0 +1,10 @@
+"""Static shapes: sizes that vary from call to call are rounded up, so that few shapes are ever compiled."""
+
+from __future__ import annotations
+
+
+def bucket(size: int, least: int = 1) -> int:
+    """The smallest power of two, or three quarters of one, that holds `size` (and is at least `least`)."""
+    size = max(size, least)
+    power = 1 << (size - 1).bit_length()
+    return power * 3 // 4 if power >= 8 and size <= power * 3 // 4 else power

@@ -1,0 +1,54 @@
+"""Small random models that the generation tests share."""
+
+import jax
+import numpy as np
+
+from minimax_jax import MiniMaxM3Config, MiniMaxM3ForCausalLM
+
+VOCAB = 96
+
+
+def small_config(**changes) -> MiniMaxM3Config:
+    """Two layers, one dense and one sparse with experts; blocks of 16 tokens, two of them selected."""
+    kinds = {
+        "layer_types": ("full_attention", "minimax_m3_sparse"),
+        "mlp_layer_types": ("dense", "sparse"),
+    }
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "rotary_dim": 16,
+        "dense_intermediate_size": 48,
+        "intermediate_size": 16,
+        "shared_intermediate_size": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+        "index_block_size": 16,
+        "index_topk_blocks": 2,
+        "max_position_embeddings": 512,
+    }
+    return MiniMaxM3Config(**{**sizes, **kinds, **changes})
+
+
+def small_model(seed: int = 0, scale: float = 12.0, **changes) -> MiniMaxM3ForCausalLM:
+    """Random float32 weights, large enough that greedy choices are clear and vary."""
+    model = MiniMaxM3ForCausalLM.from_config(small_config(**changes), seed=seed)
+    state = {
+        name: leaf * scale if leaf.ndim >= 2 and "mlp.gate." not in name else leaf
+        for name, leaf in model.state().items()
+    }
+    key = jax.random.key(seed + 1)
+    for i, name in enumerate(name for name in state if name.endswith("norm.weight")):
+        state[name] = 0.3 * jax.random.normal(jax.random.fold_in(key, i), state[name].shape)
+    return MiniMaxM3ForCausalLM(model.config, state)
+
+
+def random_prompt(length: int, seed: int = 0) -> list[int]:
+    """Ids of a prompt."""
+    return np.random.default_rng(seed).integers(0, VOCAB, length).tolist()

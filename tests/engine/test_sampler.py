@@ -1,0 +1,66 @@
+"""The sampler against its definition."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minimax_jax.engine.sampler import _kept, pick_tokens, sampling_state
+
+VOCAB = 12
+
+
+def kept_by_definition(logits, top_k, top_p):
+    """Walk down the ranking until k tokens or p probability are reached."""
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[: top_k or None]
+    weights = np.exp(np.array([logits[i] for i in order], np.float64) - max(logits))
+    weights /= weights.sum()
+    kept, mass = set(), 0.0
+    for token, weight in zip(order, weights, strict=True):
+        if mass >= top_p and top_p < 1:
+            break
+        kept.add(token)
+        mass += weight
+    return kept
+
+
+@given(
+    st.lists(st.integers(-6, 6), min_size=VOCAB, max_size=VOCAB),
+    st.integers(0, VOCAB),
+    st.sampled_from([0.013, 0.31, 0.507, 0.83, 0.999, 1.0]),
+)
+def test_top_k_and_top_p_keep_what_they_should(logits, top_k, top_p):
+    scaled = jnp.array([logits], jnp.float32)
+    mask = _kept(scaled, jnp.int32(top_k or VOCAB), jnp.float32(top_p))
+    got = set(np.flatnonzero(mask[0]).tolist())
+    expected = kept_by_definition([float(x) for x in logits], top_k, top_p)
+    assert got == expected
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1, "top_p": 1.0}, {"top_k": 0, "top_p": 1e-6}])
+def test_narrow_sampling_is_greedy(options):
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(5, VOCAB)), jnp.float32)
+    state = sampling_state(0, 5, 1.0, options["top_p"], options["top_k"], VOCAB)
+    picked = pick_tokens(logits, jnp.arange(5), state, greedy=False, truncated=True)
+    assert picked.tolist() == logits.argmax(-1).tolist()
+
+
+def test_samples_follow_the_distribution():
+    """Frequencies of 20,000 draws over positions against softmax(logits / temperature)."""
+    logits = jnp.asarray([[0.0, 1.0, 2.0, -1.0]])
+    draws, temperature = 20_000, 1.7
+    state = sampling_state(3, draws, temperature, 1.0, 0, 4)
+    picked = pick_tokens(jnp.repeat(logits, draws, 0), jnp.arange(draws), state, greedy=False, truncated=False)
+    frequency = np.bincount(np.asarray(picked), minlength=4) / draws
+    expected = np.exp(np.asarray(logits[0]) / temperature)
+    np.testing.assert_allclose(frequency, expected / expected.sum(), atol=0.015)
+
+
+def test_top_p_one_and_top_k_off_change_no_draw():
+    logits = jnp.asarray(np.random.default_rng(1).normal(size=(64, VOCAB)), jnp.float32)
+    state = sampling_state(5, 64, 0.9, 1.0, 0, VOCAB)
+    positions = jnp.arange(64)
+    plain = pick_tokens(logits, positions, state, greedy=False, truncated=False)
+    sorted_path = pick_tokens(logits, positions, state, greedy=False, truncated=True)
+    assert plain.tolist() == sorted_path.tolist()
