@@ -242,7 +242,8 @@ class MiniMaxM3ForCausalLM:
             eos_token_id=eos_token_id,
         )
         prompts = self._read(input_ids, attention_mask)
-        budget = self._budget(options, max(len(tokens) for tokens in prompts.tokens))
+        longest = max(len(tokens) for tokens in prompts.tokens)
+        budget = self._budget(options.max_new_tokens, longest, asked=max_new_tokens is not None)
         ends = np.array(options.eos_token_id, np.int32)
         pad = options.pad_token_id if options.pad_token_id is not None else (ends[0] if ends.size else 0)
         steps = generate_tokens(
@@ -278,21 +279,23 @@ class MiniMaxM3ForCausalLM:
             max_len=self.config.max_position_embeddings,
         )
 
-    def _budget(self, options: GenerationConfig, longest: int) -> int:
-        room = self.config.max_position_embeddings - longest
+    def _budget(self, max_new_tokens: int | None, longest: int, *, asked: bool) -> int:
+        """New tokens to write; a default is cut to the room there is, a request that does not fit is refused."""
+        limit = self.config.max_position_embeddings
+        room = limit - longest
         if room < 1:
             raise ValueError(
                 f"input_ids has {longest} tokens: generation needs at least one of "
-                f"max_position_embeddings = {self.config.max_position_embeddings} to be free"
+                f"max_position_embeddings = {limit} to be free"
             )
-        if options.max_new_tokens is None:
-            return min(_DEFAULT_NEW_TOKENS, room)
-        if options.max_new_tokens > room:
+        if not asked or max_new_tokens is None:
+            return min(max_new_tokens or _DEFAULT_NEW_TOKENS, room)
+        if max_new_tokens > room:
             raise ValueError(
-                f"max_new_tokens = {options.max_new_tokens}: at most {room} fit after a prompt of {longest} tokens "
-                f"(max_position_embeddings = {self.config.max_position_embeddings})"
+                f"max_new_tokens = {max_new_tokens}: at most {room} fit after a prompt of {longest} tokens "
+                f"(max_position_embeddings = {limit})"
             )
-        return options.max_new_tokens
+        return max_new_tokens
 
 
 def _like(given: Any, result: jax.Array) -> Any:

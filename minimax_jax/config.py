@@ -109,7 +109,7 @@ class MiniMaxM3Config:
             raise FileNotFoundError(f"{path}: no such file; a model directory holds a config.json")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # also bytes that are no text, and numbers too long to read
             raise ConfigError(f"{path}: not valid JSON ({error})") from None
         if not isinstance(content, dict):
             raise ConfigError(f"{path}: expected a JSON object, found {type(content).__name__}")
@@ -169,6 +169,11 @@ class MiniMaxM3Config:
         return sum(count_parameters(self).values())
 
 
+def is_finite(value: Any) -> bool:
+    """Whether a value is a number, and not an infinite one or NaN."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
 _POSITIVE = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "max_position_embeddings rotary_dim dense_intermediate_size intermediate_size shared_intermediate_size "
@@ -187,12 +192,14 @@ def _problems(c: MiniMaxM3Config) -> list[str]:
     for key in (*_POSITIVE, "n_shared_experts", "index_init_blocks", "index_local_blocks"):
         value = getattr(c, key)
         least = 1 if key in _POSITIVE else 0
-        require(isinstance(value, int) and not isinstance(value, bool) and value >= least, key, f"an integer >= {least}")
+        require(
+            isinstance(value, int) and not isinstance(value, bool) and value >= least, key, f"an integer >= {least}"
+        )
     for key in ("rms_norm_eps", "rope_theta", "swiglu_limit"):
         value = getattr(c, key)
-        require(isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0, key, "a number > 0")
+        require(is_finite(value) and value > 0, key, "a finite number > 0")
     for key in ("routed_scaling_factor", "swiglu_alpha", "swiglu_beta"):
-        require(isinstance(getattr(c, key), (int, float)), key, "a number")
+        require(is_finite(getattr(c, key)), key, "a finite number")
     require(isinstance(c.tie_word_embeddings, bool), "tie_word_embeddings", "true or false")
     if found:
         return found  # the relations below would only repeat what the types already say

@@ -8,6 +8,7 @@ Vendor: a wrapper with `text_config` (or the bare text part) that uses `sparse_a
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from minimax_jax.config import (
     ConfigError,
     MiniMaxM3Config,
     VisionConfig,
+    is_finite,
 )
 
 _MODEL_TYPES = ("minimax_m3_vl", "minimax_m3_vl_text")
@@ -26,10 +28,14 @@ _REQUIRED = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "dense_intermediate_size intermediate_size num_local_experts num_experts_per_tok"
 ).split()
-_PLAIN = _REQUIRED + (
-    "rms_norm_eps tie_word_embeddings max_position_embeddings shared_intermediate_size n_shared_experts "
-    "routed_scaling_factor swiglu_alpha swiglu_limit swiglu_beta bos_token_id"
-).split()
+_PLAIN = (
+    _REQUIRED
+    + (
+        "rms_norm_eps tie_word_embeddings max_position_embeddings shared_intermediate_size n_shared_experts "
+        "routed_scaling_factor swiglu_alpha swiglu_limit swiglu_beta bos_token_id"
+    ).split()
+)
+_MOST_LAYERS = 10_000  # a default list of them is made before any other check
 _INDEX_KEYS = {
     "index_n_heads": "sparse_num_index_heads",
     "index_head_dim": "sparse_index_dim",
@@ -54,6 +60,8 @@ _TEXT_READ = {
     "model_type", "architectures", "eos_token_id", "sparse_attention_config", "moe_layer_freq", "layer_types",
     "mlp_layer_types", "rope_theta", "rotary_dim", "partial_rotary_factor", "rope_parameters",
 }  # fmt: skip
+_OBJECTS = ("sparse_attention_config", "rope_parameters", "quantization_config")
+_TOP_OBJECTS = ("vision_config", "quantization_config", "img_token_compression_config")
 _TOP_READ = {"text_config", "vision_config", "model_type", "projector_hidden_size", "quantization_config"}
 
 
@@ -70,6 +78,9 @@ def parse_config(config: Mapping[str, Any]) -> MiniMaxM3Config:
             problems.append(f"{key} is missing: a MiniMax-M3 config names it")
         elif not isinstance(text[key], int) or isinstance(text[key], bool) or text[key] < 1:
             problems.append(f"{key} = {text[key]!r}: must be an integer >= 1")
+        elif key == "num_hidden_layers" and text[key] > _MOST_LAYERS:
+            problems.append(f"{key} = {text[key]!r}: must be at most {_MOST_LAYERS}")
+    _check_types(config, text, wrapped, problems)
     for key, allowed in _FIXED.items():
         if key in text and text[key] not in allowed:
             problems.append(f"{key} = {text[key]!r}: must be {' or '.join(map(repr, allowed))}")
@@ -85,13 +96,39 @@ def parse_config(config: Mapping[str, Any]) -> MiniMaxM3Config:
         fields["bos_token_id"] = None  # transformers' defaults (200034, 200020) reach small test vocabularies
     fields.update(_rope(text, problems))
     fields.update(_sparse_attention(text, problems))
-    fields["mlp_layer_types"] = _layer_kinds(text, "mlp_layer_types", "moe_layer_freq", text, DENSE_MLP, MOE_MLP)
-    fields["vision"] = _vision(config) if wrapped else None
+    fields["mlp_layer_types"] = _layer_kinds(
+        text, "mlp_layer_types", "moe_layer_freq", text, DENSE_MLP, MOE_MLP, problems
+    )
+    fields["vision"] = _vision(config, problems) if wrapped else None
     fields["quantization"] = config.get("quantization_config") or text.get("quantization_config")
     fields["extra"] = _unknown(config, text, wrapped)
     if problems:
         raise ConfigError("impossible configuration:\n  " + "\n  ".join(problems))
     return MiniMaxM3Config(**fields)
+
+
+def _check_types(config: Mapping[str, Any], text: Mapping[str, Any], wrapped: bool, problems: list[str]) -> None:
+    """Objects, lists and factors whose contents the readers below look into."""
+    homes: list[tuple[str, Mapping[str, Any], tuple[str, ...]]] = [("", text, _OBJECTS)]
+    if wrapped:
+        homes.append(("", config, _TOP_OBJECTS))
+        vision = config.get("vision_config")
+        if isinstance(vision, Mapping):
+            homes.append(("vision_config.", vision, ("img_token_compression_config",)))
+    for prefix, home, keys in homes:
+        wrong = [key for key in keys if home.get(key) is not None and not isinstance(home[key], Mapping)]
+        problems.extend(f"{prefix}{key} = {home[key]!r}: must be an object" for key in wrong)
+    lists = ("layer_types", "mlp_layer_types")
+    wrong = [key for key in lists if text.get(key) is not None and not isinstance(text[key], (list, tuple))]
+    problems.extend(f"{key} = {text[key]!r}: must be a list, one entry per layer" for key in wrong)
+    eos = text.get("eos_token_id")
+    if eos is not None and not isinstance(eos, (int, list, tuple)):
+        problems.append(f"eos_token_id = {eos!r}: must be null, an integer or a list of integers")
+    rope = text.get("rope_parameters")
+    for prefix, home in (("", text), ("rope_parameters.", rope if isinstance(rope, Mapping) else {})):
+        factor = home.get("partial_rotary_factor")
+        if factor is not None and not (is_finite(factor) and 0 < factor <= 1):
+            problems.append(f"{prefix}partial_rotary_factor = {factor!r}: must be a number in (0, 1]")
 
 
 def _in_vocabulary(token_id: Any, vocab_size: Any) -> bool:
@@ -137,7 +174,9 @@ def _sparse_attention(text: Mapping[str, Any], problems: list[str]) -> dict[str,
             fields[flat] = sparse[vendor]
         elif flat in text:
             fields[flat] = text[flat]
-    kinds = _layer_kinds(text, "layer_types", "sparse_attention_freq", sparse, FULL_ATTENTION, SPARSE_ATTENTION)
+    kinds = _layer_kinds(
+        text, "layer_types", "sparse_attention_freq", sparse, FULL_ATTENTION, SPARSE_ATTENTION, problems
+    )
     if sparse.get("use_sparse_attention") is False:
         kinds = (FULL_ATTENTION,) * len(kinds)
     index_value_off = sparse.get("sparse_disable_index_value")
@@ -154,27 +193,34 @@ def _sparse_attention(text: Mapping[str, Any], problems: list[str]) -> dict[str,
 
 
 def _layer_kinds(
-    text: Mapping[str, Any], names_key: str, freq_key: str, freq_home: Mapping[str, Any], off: str, on: str
+    text: Mapping[str, Any],
+    names_key: str,
+    freq_key: str,
+    freq_home: Mapping[str, Any],
+    off: str,
+    on: str,
+    problems: list[str],
 ) -> tuple[str, ...]:
     """Per-layer kinds from transformers' list of names or from the vendor's list of 0 and 1."""
+    num_layers = text["num_hidden_layers"]
     if text.get(names_key) is not None:
         return tuple(text[names_key])
     freq = freq_home.get(freq_key)
     if freq is None:  # transformers' defaults
-        return (FULL_ATTENTION if on == SPARSE_ATTENTION else MOE_MLP,) * text["num_hidden_layers"]
+        return (FULL_ATTENTION if on == SPARSE_ATTENTION else MOE_MLP,) * num_layers
     if not isinstance(freq, (list, tuple)):
-        raise ConfigError(f"{freq_key} = {freq!r}: must be a list of 0 and 1, one per layer")
-    if len(freq) != text["num_hidden_layers"]:
-        raise ConfigError(
-            f"{freq_key} has {len(freq)} entries: must be num_hidden_layers = {text['num_hidden_layers']}"
-        )
+        problems.append(f"{freq_key} = {freq!r}: must be a list of 0 and 1, one per layer")
+        return ()
+    if len(freq) != num_layers:
+        problems.append(f"{freq_key} has {len(freq)} entries: must be num_hidden_layers = {num_layers}")
     for layer_id, flag in enumerate(freq):
         if flag not in (0, 1):
-            raise ConfigError(f"{freq_key}[{layer_id}] = {flag!r}: must be 0 or 1")
+            problems.append(f"{freq_key}[{layer_id}] = {flag!r}: must be 0 or 1")
+            break
     return tuple(on if flag else off for flag in freq)
 
 
-def _vision(config: Mapping[str, Any]) -> VisionConfig | None:
+def _vision(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
     raw = config.get("vision_config")
     if not raw:
         return None
@@ -183,6 +229,12 @@ def _vision(config: Mapping[str, Any]) -> VisionConfig | None:
     names = {field.name for field in dataclasses.fields(VisionConfig)} - {"raw", "projector_hidden_size"}
     sizes = {name: values[name] for name in names if name in values}
     projector = config.get("projector_hidden_size", VisionConfig.projector_hidden_size)
+    for key, size in (
+        *((f"vision_config.{name}", size) for name, size in sizes.items()),
+        ("projector_hidden_size", projector),
+    ):
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            problems.append(f"{key} = {size!r}: must be an integer >= 1")
     return VisionConfig(**sizes, projector_hidden_size=projector, raw=dict(raw))
 
 
@@ -213,6 +265,12 @@ def _plain_fields(config: MiniMaxM3Config) -> dict[str, Any]:
     return fields
 
 
+def _partial_rotary_factor(config: MiniMaxM3Config) -> float:
+    """The factor that gives `rotary_dim` again when a reader truncates its product with `head_dim`."""
+    factor = config.rotary_dim / config.head_dim
+    return factor if int(config.head_dim * factor) == config.rotary_dim else math.nextafter(factor, 1.0)
+
+
 def _transformers_dict(config: MiniMaxM3Config) -> dict[str, Any]:
     result = {key: value for key, value in config.extra.items() if key != "wrapper"}
     result.update(_plain_fields(config))
@@ -227,7 +285,7 @@ def _transformers_dict(config: MiniMaxM3Config) -> dict[str, Any]:
         rope_parameters={
             "rope_type": "default",
             "rope_theta": config.rope_theta,
-            "partial_rotary_factor": config.rotary_dim / config.head_dim,
+            "partial_rotary_factor": _partial_rotary_factor(config),
         },
     )
     return result
@@ -249,7 +307,7 @@ def _vendor_dict(config: MiniMaxM3Config) -> dict[str, Any]:
         attention_output_gate=False,
         rope_theta=config.rope_theta,
         rotary_dim=config.rotary_dim,
-        partial_rotary_factor=config.rotary_dim / config.head_dim,
+        partial_rotary_factor=_partial_rotary_factor(config),
         sparse_attention_config={
             "use_sparse_attention": any(sparse),
             **{vendor: getattr(config, flat) for flat, vendor in _INDEX_KEYS.items()},

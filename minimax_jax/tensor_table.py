@@ -63,12 +63,19 @@ def count_parameters(config: MiniMaxM3Config) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def count_active_parameters(config: MiniMaxM3Config) -> int:
-    """Text parameters that one token meets: all of them but the experts it is not routed to and the embedding table."""
+def active_parameters(config: MiniMaxM3Config) -> dict[str, int]:
+    """Parameters by component that one token meets in the text layers.
+
+    Of the routed experts its share; nothing of the embedding and the head, the convention behind "23B active"
+    of the released model; nothing of the vision part.
+    """
     counts = count_parameters(config)
-    routed = counts.get("routed experts", 0) * config.num_experts_per_tok // config.num_local_experts
-    skipped = {"routed experts", "embedding", "vision tower", "projector"}
-    return routed + sum(count for component, count in counts.items() if component not in skipped)
+    for component in ("embedding", "head", "vision tower", "projector"):
+        if component in counts:
+            counts[component] = 0
+    if "routed experts" in counts:
+        counts["routed experts"] = counts["routed experts"] * config.num_experts_per_tok // config.num_local_experts
+    return counts
 
 
 def _tensors(c: MiniMaxM3Config) -> Iterator[tuple[str, TensorSpec, bool]]:

@@ -77,7 +77,7 @@ def _row_jobs(
 def _copy(
     files: CheckpointFiles, name: str, lead: tuple[int, ...], index: tuple[slice, ...], target: np.ndarray
 ) -> None:
-    """`target[...] = file[lead][index]`, a strip of rows at a time, so that temporaries stay in the processor's cache."""
+    """`target[...] = file[lead][index]`, a strip of rows at a time: temporaries stay in the processor's cache."""
     quantised = files.dtype(name) == MXFP8_VALUES
     strip = max(1, _CACHE_LINE // target.dtype.itemsize) if target.ndim == 2 else len(target)
     bits = np.dtype(f"u{target.dtype.itemsize}")

@@ -79,8 +79,8 @@ def generate_tokens(
 
     first = np.zeros(rows, np.int32)
     for chunk in prefill_chunks([len(p) for p in prompts], max_prefill_tokens):
-        picked, caches = _run_chunk(steps, leaves, caches, chunk, prompts, tables, block_size, sampling, static)
-        picked = np.asarray(picked)
+        step_tokens, caches = _run_chunk(steps, leaves, caches, chunk, prompts, tables, block_size, sampling, static)
+        picked = np.asarray(step_tokens)
         for request, _, end in chunk.parts:
             if end == len(prompts[request]):
                 first[request] = picked[request]

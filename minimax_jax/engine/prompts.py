@@ -28,9 +28,7 @@ def is_torch_tensor(value: Any) -> bool:
     return type(value).__module__.partition(".")[0] == "torch"
 
 
-def read_prompts(
-    input_ids: Any, attention_mask: Any, *, vocab_size: int, max_len: int, pad: int = 0
-) -> Prompts:
+def read_prompts(input_ids: Any, attention_mask: Any, *, vocab_size: int, max_len: int, pad: int = 0) -> Prompts:
     """Reads [R, L] or [L] ids (NumPy, JAX, torch) or lists of ids, with an optional mask of the same shape.
 
     Padding may stand on either side of a prompt: positions count from a prompt's first token.
@@ -58,9 +56,7 @@ def read_prompts(
     outside = kept & ((padded < 0) | (padded >= vocab_size))
     if outside.any():
         row, column = (int(i) for i in np.argwhere(outside)[0])
-        raise ValueError(
-            f"input_ids[{row}][{column}] = {int(padded[row, column])}: must be within 0..{vocab_size - 1}"
-        )
+        raise ValueError(f"input_ids[{row}][{column}] = {int(padded[row, column])}: must be within 0..{vocab_size - 1}")
     tokens = [ids[keep].astype(np.int32) for ids, keep in zip(padded, kept, strict=True)]
     return Prompts(tokens, np.where(kept, padded, pad).astype(np.int32), kept)
 

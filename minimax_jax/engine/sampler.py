@@ -30,9 +30,7 @@ def sampling_state(
 ) -> SamplingState:
     """State for `num_rows` rows; row r draws from stream r of the seed."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(num_rows))
-    return SamplingState(
-        jnp.float32(temperature), jnp.float32(top_p), jnp.int32(top_k if top_k else vocab_size), keys
-    )
+    return SamplingState(jnp.float32(temperature), jnp.float32(top_p), jnp.int32(top_k if top_k else vocab_size), keys)
 
 
 def pick_tokens(

@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from minimax_jax.attention import TracedAttend
 from minimax_jax.cache import PagedCaches

@@ -1,0 +1,252 @@
+"""The command `minimax-jax`: arguments, exit codes, errors on one line.
+
+Nothing heavy is imported here, so that `--help` and usage errors answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import NoReturn
+
+OK, PROBLEMS, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+_SHOWN_PROBLEMS = 3  # of a checkpoint that does not load; `inspect` lists them all
+
+_EXIT_CODES = """\
+exit codes:
+  0    done
+  1    inspect: the checkpoint has problems
+  2    bad usage or bad input; one line on standard error says what
+  130  interrupted with Ctrl-C"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line (`sys.argv` by default) and returns the exit code; never raises for bad input."""
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character gets a question mark, not an error
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        print("\nminimax-jax: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader (`| head`) has seen enough
+        _discard_stdout()
+        return OK
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"minimax-jax: error: {_one_line(error)}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands; it raises `ValueError` for bad usage."""
+    parser = _Parser(
+        prog="minimax-jax",
+        description="MiniMax-M3 in JAX: generate text, look into checkpoints.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_generate(commands)
+    _add_inspect(commands)
+    return parser
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        args = build_parser().parse_args(argv)
+        code = args.run(args)
+    except SystemExit as stop:  # argparse's way to end --help and --version
+        code = stop.code if isinstance(stop.code, int) else OK
+    sys.stdout.flush()  # a broken pipe must show here, not when the interpreter shuts down
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see `{self.prog} --help`)")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from minimax_jax import __version__
+
+        print(f"minimax-jax {__version__}")
+        parser.exit()
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="continue a prompt, or answer it with --chat",
+        description=(
+            "Continue a prompt. Text streams to standard output; when it is complete, one line on standard error "
+            "gives prompt tokens, new tokens, time to first token (compilation included) and tokens/s after it.\n\n"
+            "Without --chat the prompt is encoded as it is, with the checkpoint's document-start token (bos_token_id "
+            "of config.json) in front if the tokenizer has one and the text does not start with it. Special tokens "
+            "written in a prompt become their ids. One line break at the end of a file or of standard input is "
+            "not part of the prompt."
+        ),
+        epilog=_EXIT_CODES,
+        formatter_class=_Paragraphs,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", default="tiny", metavar="DIR", help="checkpoint directory; tiny: the embedded one (default: tiny)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="the prompt (default: read standard input)")
+    source.add_argument("--prompt-file", metavar="FILE", help="UTF-8 file with the prompt (default: none)")
+    add("--chat", action="store_true", help="the prompt is a user's message: apply the chat template (default: off)")
+    add("--system", metavar="TEXT", help="with --chat: system message (default: the template's)")
+    add(
+        "--thinking-mode",
+        choices=("enabled", "disabled", "adaptive"),
+        help="with --chat: think first, never, or as the model likes (default: the template's, which is adaptive)",
+    )
+    add(
+        "--max-new-tokens",
+        type=_integer(1),
+        metavar="N",
+        help="stop after so many (default: the checkpoint's generation_config.json, else 256, or what room there is)",
+    )
+    add(
+        "--temperature",
+        type=_number("a number >= 0 (0 is greedy)", lambda value: 0 <= value < math.inf),
+        metavar="T",
+        help="sampling temperature, 0 for greedy (default: generation_config.json; greedy if that names none)",
+    )
+    add(
+        "--top-p",
+        type=_number("a number in (0, 1]", lambda value: 0 < value <= 1),
+        metavar="P",
+        help="sample from the likeliest tokens that make up P of the probability (default: generation_config.json, "
+        "else 1, which is all); turns sampling on unless --temperature 0",
+    )
+    add(
+        "--top-k",
+        type=_integer(0),
+        metavar="K",
+        help="sample from the K likeliest tokens, 0 for all (default: generation_config.json, else 0); "
+        "turns sampling on unless --temperature 0",
+    )
+    add("--seed", type=_integer(0, 2**32 - 1), default=0, metavar="N", help="of the random draws (default: 0)")
+    add(
+        "--dtype",
+        choices=("auto", "bfloat16", "float32"),
+        default="auto",
+        help="of weights and caches; auto: bfloat16 on an accelerator, float32 on a CPU (default: auto)",
+    )
+    add("--ignore-eos", action="store_true", help="go on after end-of-text tokens (default: stop there)")
+    add("--json", action="store_true", help="print one JSON object at the end instead of streaming (default: off)")
+    parser.set_defaults(run=_generate)
+
+
+def _add_inspect(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="show what a checkpoint is, needs and lacks",
+        description=(
+            "Show a checkpoint's configuration, parameters by component, stored bytes, memory per device under "
+            "tensor parallelism (TP), cache bytes per token, and every tensor or file that is missing, unexpected or "
+            "broken."
+        ),
+        epilog=_EXIT_CODES,
+        formatter_class=_Paragraphs,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "directory",
+        metavar="DIR",
+        help="checkpoint directory; tiny: the embedded one; m3, m3-mxfp8: the released models' built-in "
+        "configurations, without files",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="read every value and name tensors with NaN or infinities (default: off)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables (default: off)")
+    parser.set_defaults(run=_inspect)
+
+
+class _Paragraphs(argparse.RawDescriptionHelpFormatter):
+    """Wraps each paragraph of a description; epilogues stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text == _EXIT_CODES:
+            return super()._fill_text(text, width, indent)
+        fill = super(argparse.RawDescriptionHelpFormatter, self)._fill_text
+        return "\n\n".join(fill(paragraph, width, indent) for paragraph in text.split("\n\n"))
+
+
+def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """An argument type: integers in a range."""
+    allowed = f"an integer >= {least}" if most is None else f"an integer within {least}..{most}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"must be {allowed}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _number(allowed: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+    """An argument type: numbers for which `holds`, which `allowed` puts in words."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"must be {allowed}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from minimax_jax.cli_generate import run_generate
+
+    return run_generate(args)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from minimax_jax.inspect_report import inspect_model, render_json
+    from minimax_jax.inspect_text import render_text
+
+    report = inspect_model(args.directory, read_values=args.check)
+    print(render_json(report) if args.json else render_text(report))
+    return OK if report.ok else PROBLEMS
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says, on one line: a list of problems is joined, and shortened if it is a checkpoint's."""
+    problems = getattr(error, "problems", ())  # a CheckpointError's; importing that class here would cost time
+    if len(problems) > 1:
+        shown = "; ".join(problems[:_SHOWN_PROBLEMS])
+        rest = f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
+        where = getattr(error, "where", "checkpoint")
+        text = f"{where}: {len(problems)} problems: {shown}{rest} (`minimax-jax inspect` lists all)"
+    elif isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    else:
+        text = str(error) or type(error).__name__
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "; ".join(lines).replace(":; ", ": ")
+
+
+def _discard_stdout() -> None:
+    """Points stdout at nothing, or the interpreter's last flush would complain about the broken pipe."""
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
