@@ -24,14 +24,28 @@ from pathlib import Path
 import numpy as np
 
 VOCAB = 2048
-SPECIAL = ("]!p~[", "]~b]", "[e~[", "]!d~[", "]<]image[>[", "]<]video[>[", "]<]start of image[>[",
-           "]<]end of image[>[", "]<]start of video[>[", "]<]end of video[>[", "]<]vision pad[>[", "]~!b[")
+SPECIAL = (
+    "]!p~[",
+    "]~b]",
+    "[e~[",
+    "]!d~[",
+    "]<]image[>[",
+    "]<]video[>[",
+    "]<]start of image[>[",
+    "]<]end of image[>[",
+    "]<]start of video[>[",
+    "]<]end of video[>[",
+    "]<]vision pad[>[",
+    "]~!b[",
+)
 NOT_SPECIAL = ("<think>", "</think>", "<tool_call>", "</tool_call>", "]<]minimax[>[", "<mm:think>", "</mm:think>")
 Pieces = dict[str, list[str]]  # what a reader makes of one file: title -> paragraphs
 ADDED = SPECIAL + NOT_SPECIAL  # the highest ids, in this order
 _UP, _LOW, _ABBR = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-SPLIT = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UP}*{_LOW}+{_ABBR}|[^\r\n\p{{L}}\p{{N}}]?{_UP}+{_LOW}*{_ABBR}|"
-         r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPLIT = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UP}*{_LOW}+{_ABBR}|[^\r\n\p{{L}}\p{{N}}]?{_UP}+{_LOW}*{_ABBR}|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 DOC_MIN, DOC_MAX = 32_000, 110_000  # characters: short neighbours are joined, longer documents cut
 HELD_MIN, HELD_SHARE = 24 * 1024, 0.036  # only documents of more bytes than this are held out
@@ -60,13 +74,21 @@ endless-sky-data | GPL-3+ | License: GPL-3\+ | game | share/games/endless-sky/da
 dict-gcide | GPL-2+ | GNU General Public License | gcide | share/dictd/gcide.dict.dz
 """
 
-_CHARS = str.maketrans({
-    **dict.fromkeys("\u2018\u2019\u201a\u2032", "'"), **dict.fromkeys("\u201c\u201d\u201e\u2033\u00ab\u00bb", '"'),
-    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212", "-"), **dict.fromkeys("\u2014\u2015", " -- "), "\u2026": "...",
-    **dict.fromkeys("\u00b6\u00ad\u200b\u200c\u200d\u2060\ufeff\ufffd\u2022\u2023", ""), "\u2192": "->"})
+_CHARS = str.maketrans(
+    {
+        **dict.fromkeys("\u2018\u2019\u201a\u2032", "'"),
+        **dict.fromkeys("\u201c\u201d\u201e\u2033\u00ab\u00bb", '"'),
+        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212", "-"),
+        **dict.fromkeys("\u2014\u2015", " -- "),
+        "\u2026": "...",
+        **dict.fromkeys("\u00b6\u00ad\u200b\u200c\u200d\u2060\ufeff\ufffd\u2022\u2023", ""),
+        "\u2192": "->",
+    }
+)
 _COMMON = frozenset(
     "the of to a and in is for that be it with are you this by not on or as an was were he his they i from have had no "
-    "who will can may if but at all which when your my we she her him them what there do so one shall any must".split())
+    "who will can may if but at all which when your my we she her him them what there do so one shall any must".split()
+)
 _CRUDE = re.compile(r"(?i)\b(?:fuck|cunt|nigg|negro|fag|shit|rape[sd]?\b|whore|slut|penis|porn|sperm|vagin|coit)")
 
 
@@ -97,7 +119,7 @@ def prose(blocks: Iterable[tuple[str, bool]], least: int = 8) -> list[str]:
         elif is_prose(text, least):
             if not re.search(r"[.!?][\"')]*$", text):  # drop a lead-in ("For example:") whose listing is gone
                 ends = [m.end() for m in re.finditer(r"[.!?][\"')]*(?= [A-Z\"'(])", text)]
-                text = text[:ends[-1]] if ends else ""
+                text = text[: ends[-1]] if ends else ""
             if len(text.split()) >= least:
                 out += [head, text] if head else [text]
                 head = ""
@@ -107,23 +129,36 @@ def prose(blocks: Iterable[tuple[str, bool]], least: int = 8) -> list[str]:
 def page(path: Path) -> Pieces:
     """The prose of one HTML page, without navigation, listings and tables."""
     text = path.read_text("utf-8", "replace")
-    text = text[max((m.start() for m in re.finditer(r"<main\b|role=\"main\"|<body\b", text)), default=0):]
+    text = text[max((m.start() for m in re.finditer(r"<main\b|role=\"main\"|<body\b", text)), default=0) :]
     text = re.split(r"</main>|class=\"(?:sphinxsidebar|navfooter|footnotes|footer)\"", text, maxsplit=1)[0]
-    text = re.sub(r"<!--.*?-->|<(script|style|pre|table|nav|svg|math|footer|sup)\b.*?</\1>|"
-                  r"<a class=\"headerlink\".*?</a>", " ", text, flags=re.S | re.I)
+    text = re.sub(
+        r"<!--.*?-->|<(script|style|pre|table|nav|svg|math|footer|sup)\b.*?</\1>|"
+        r"<a class=\"headerlink\".*?</a>",
+        " ",
+        text,
+        flags=re.S | re.I,
+    )
     parts = re.split(r"<(/?)(p|li|d[dtl]|h[1-6]|blockquote|div|[uo]l|section|hr|t[rd])\b[^>]*>", text, flags=re.I)
     blocks = zip(parts[1::3], parts[2::3], parts[3::3], strict=True)
-    return {path.name: prose((html.unescape(re.sub(r"<[^>]*>?", "", body)), not closing and tag[-1].isdigit())
-                             for closing, tag, body in blocks)}
+    return {
+        path.name: prose(
+            (html.unescape(re.sub(r"<[^>]*>?", "", body)), not closing and tag[-1].isdigit())
+            for closing, tag, body in blocks
+        )
+    }
 
 
 def jargon(path: Path) -> Pieces:
     """The Jargon File: its essays, and its entries as 'word, n.' and the paragraphs below."""
     text = zlib.decompress(path.read_bytes(), 31).decode()
-    text = re.sub(r"[{}]|(?<=\n   )\[[a-z ]*\] ", "", text[text.rindex("Hacker Slang and Hacker Culture"):])
+    text = re.sub(r"[{}]|(?<=\n   )\[[a-z ]*\] ", "", text[text.rindex("Hacker Slang and Hacker Culture") :])
     entry = re.compile(r"\s*:([^:]+):,?(?: /[^/]*/,?)*\s*((?:[a-z]+\.(?:,|/)?\s*)*)")
-    return {"": prose((f"{m[1]}, {m[2]}".rstrip(", ") if (m := entry.match(block)) else block, bool(m))
-                      for block in re.split(r"\n\s*\n", text))}
+    return {
+        "": prose(
+            (f"{m[1]}, {m[2]}".rstrip(", ") if (m := entry.match(block)) else block, bool(m))
+            for block in re.split(r"\n\s*\n", text)
+        )
+    }
 
 
 def game(path: Path) -> Pieces:
@@ -143,7 +178,7 @@ def gcide(path: Path) -> Pieces:
             continue
         entry = re.sub(r"\[(?:[^][]|\[(?:[^][]|\[[^][]*\])*\])*\]", "", entry)
         senses = []
-        for block in re.split(r"\n\s*\n|\n(?=   +(?:\d+|\([a-z]\))[. ])", entry[entry.find("\n   "):].rstrip()):
+        for block in re.split(r"\n\s*\n|\n(?=   +(?:\d+|\([a-z]\))[. ])", entry[entry.find("\n   ") :].rstrip()):
             if not re.match(r"\s*(?:Syn:|Note:|[{[(]|--)| {6}", block.strip("\n")):
                 block = re.sub(r"(?s)\((?:[A-Z][a-z]+\.?[ &]*)+\)|[{}]|--[A-Z][^\n]*|\bSee .*|\n {9}.*", " ", block)
                 block = norm(re.sub(r"^\s*\d+\.", "", block))
@@ -170,8 +205,13 @@ def books(texts: Iterable[tuple[str, str]]) -> Pieces:
 
 def kjv(path: Path) -> Pieces:
     """The King James Bible, as the reader of the package bible-kjv prints it."""
-    run = subprocess.run([path.parents[1] / "bin/bible", "-p", path.parent, "-l1000", "gen1:1-rev22:21"],
-                         capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)
+    run = subprocess.run(
+        [path.parents[1] / "bin/bible", "-p", path.parent, "-l1000", "gen1:1-rev22:21"],
+        capture_output=True,
+        text=True,
+        check=True,
+        stdin=subprocess.DEVNULL,
+    )
     return books(re.findall(r"^(?:(\S.* \d+)| +\d+ (.*))$", run.stdout, re.M))
 
 
@@ -179,7 +219,7 @@ def web(path: Path) -> Pieces:
     """The World English Bible, from a SWORD module: zlib blocks of OSIS markup, one a book."""
     data, lines, name = path.with_suffix(".bzz").read_bytes(), [], ""
     for start, size, _ in struct.iter_unpack("<III", path.read_bytes()):
-        osis = zlib.decompress(data[start:start + size]).decode()
+        osis = zlib.decompress(data[start : start + size]).decode()
         osis = re.sub(r"<(note|title)\b.*?</\1>", " ", osis, flags=re.S)
         osis = re.sub(r"</?(?:w|q|hi|divineName|transChange|seg|foreign)\b[^>]*>", "", osis)
         token = r'<milestone n="([^"]*)" type="x-usfm-h"[^>]*>|<chapter [^>]*?n="(\d+)"[^>]*?sID[^>]*>|<[^>]*>|([^<>]+)'
@@ -236,20 +276,32 @@ def gather(line: str, debs: Path, seen: set[str]) -> tuple[dict[str, list[str]],
         sys.exit(f"tiny_corpus: {name}: no text found: the package's layout has changed")
     long = [doc for doc in docs if len(doc[1].encode()) > HELD_MIN]
     held = [d for d in docs if d[0] in HELD_BOOKS] or (spread(long, HELD_SHARE) if len(docs) > 3 else [])
-    record = {"packages": versions, "licence": licence, "used": files + (skip and f" except {skip}"), "tokens": 0,
-              "documents": len(docs), "held_out": len(held), "bytes": sum(len(text.encode()) for _, text in docs)}
+    record = {
+        "packages": versions,
+        "licence": licence,
+        "used": files + (skip and f" except {skip}"),
+        "tokens": 0,
+        "documents": len(docs),
+        "held_out": len(held),
+        "bytes": sum(len(text.encode()) for _, text in docs),
+    }
     return {"train": [doc[1] for doc in docs if doc not in held], "val": [doc[1] for doc in held]}, record
 
 
 def train_tokenizer(texts: list[str]):
     """Byte-level BPE over the texts, with the added tokens at the highest ids."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"), byte_level])
     tok.decoder = decoders.ByteLevel()
-    tok.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=VOCAB - len(ADDED), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tok.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCAB - len(ADDED), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        ),
+    )
     for text in ADDED:
         add = tok.add_special_tokens if text in SPECIAL else tok.add_tokens
         add([AddedToken(text, special=text in SPECIAL, normalized=False)])
@@ -260,8 +312,12 @@ def train_tokenizer(texts: list[str]):
 def main() -> None:
     """Parse the arguments, build, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / ".tiny",
-                        help="output folder (default: .tiny in the repository)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).resolve().parent.parent / ".tiny",
+        help="output folder (default: .tiny in the repository)",
+    )
     parser.add_argument("--debs", type=Path, help="folder of .deb files, reused and added to (default: OUT/debs)")
     args, begin = parser.parse_args(), time.monotonic()
     for folder in (args.out, debs := (args.debs or args.out / "debs").resolve()):
@@ -289,8 +345,11 @@ def main() -> None:
             assert max(codes[-1][1:-1]) < VOCAB - len(ADDED), f"an added token in {record['packages']}"
         np.save(args.out / f"{part}.npy", np.concatenate(codes))
         np.save(args.out / f"{part}_offsets.npy", np.cumsum(lengths, dtype=np.int64))
-        totals |= {f"{part}_documents": len(docs), f"{part}_tokens": sum(lengths),
-                   f"{part}_characters": sum(len(text) for _, text in docs)}
+        totals |= {
+            f"{part}_documents": len(docs),
+            f"{part}_tokens": sum(lengths),
+            f"{part}_characters": sum(len(text) for _, text in docs),
+        }
     (args.out / "sources.json").write_text(json.dumps({"sources": sources, "totals": totals}, indent=1) + "\n")
     print(f"[{time.monotonic() - begin:3.0f} s] done: {totals}")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import shutil
 import sys
@@ -106,9 +107,7 @@ def make_step(config: MiniMaxM3Config, graphdef, optimizer: optax.GradientTransf
     """One jitted training step of a phase; weights and optimizer state are donated."""
 
     def loss_fn(weights, tokens):
-        attend = TrainingAttend(
-            config, phase.sequences, phase.length, mode=phase.mode, index_loss=phase.index_loss
-        )
+        attend = TrainingAttend(config, phase.sequences, phase.length, mode=phase.mode, index_loss=phase.index_loss)
         counter = LoadCounter(config.num_local_experts)
         logits = forward(graphdef, weights, tokens[:, :-1], attend, counter)
         losses, count = token_losses(logits, tokens[:, 1:].reshape(-1))
@@ -246,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     tokens = np.load(args.data / "train.npy")
     held_out, offsets = np.load(args.data / "val.npy"), np.load(args.data / "val_offsets.npy")
-    documents = [held_out[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True) if b - a > 4096]
+    documents = [held_out[a:b] for a, b in itertools.pairwise(offsets) if b - a > 4096]
     print(f"{config.num_parameters():,} parameters, {len(tokens):,} training tokens, {jax.devices()[0].device_kind}")
 
     log: list[dict] = []

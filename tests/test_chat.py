@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,7 @@ import minimax_jax.chat
 from minimax_jax.chat import ChatTemplate, ThinkingParser, split_thinking, validate_messages
 from minimax_jax.tokenizer import Tokenizer
 
-SOURCE = (Path(minimax_jax.chat.__file__).parent / "tiny_m3" / "chat_template.jinja").read_text(
-    encoding="utf-8"
-)
+SOURCE = (Path(minimax_jax.chat.__file__).parent / "tiny_m3" / "chat_template.jinja").read_text(encoding="utf-8")
 NS = "]<]minimax[>["
 MODES = [None, "adaptive", "enabled", "disabled"]
 TOOLS = [
@@ -235,9 +234,7 @@ def test_transformers_renders_the_same(pair, name, tools, mode):
     messages = CONVERSATIONS[name]
     extra = {} if mode is None else {"thinking_mode": mode}
     for prompt in (True, False):
-        text = theirs.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=prompt, tokenize=False, **extra
-        )
+        text = theirs.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False, **extra)
         kwargs = {"tools": tools, "thinking_mode": mode, "add_generation_prompt": prompt}
         assert ours.apply_chat_template(messages, tokenize=False, **kwargs) == text
         ids = theirs(text, add_special_tokens=False)["input_ids"]
@@ -276,7 +273,7 @@ def test_the_sandbox_refuses_malicious_templates(source):
         def save(self, path):
             raise AssertionError("a template called a method of a caller's object")
 
-    with pytest.raises(ValueError, match="^chat template: "):
+    with pytest.raises(ValueError, match=r"^chat template: "):
         render([USER], source, image=Image())
 
 
@@ -341,9 +338,8 @@ def assistant(**kwargs):
     ],
 )
 def test_bad_messages_name_the_place_and_what_is_allowed(messages, error):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="^" + re.escape(error)):
         render(messages)
-    assert str(caught.value).startswith(error)
 
 
 @pytest.mark.parametrize("tools", ["f", [1], [{"function": {}}], [{"type": "function"}]])
@@ -417,9 +413,7 @@ def test_split_thinking(mode, text, expected):
 
 
 MARKED = st.lists(
-    st.sampled_from(
-        ["<mm:think>", "</mm:think>", "<", "</", "</mm:", "mm:think>", "<mm", " ", "\n", "a", "é🙂"]
-    ),
+    st.sampled_from(["<mm:think>", "</mm:think>", "<", "</", "</mm:", "mm:think>", "<mm", " ", "\n", "a", "é🙂"]),
     max_size=8,
 ).map("".join)
 

@@ -166,7 +166,7 @@ def test_bos_is_the_tokenizers_own(tmp_path):
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no tokenizer.json in"):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json in"):
         Tokenizer.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Tokenizer.from_pretrained(tmp_path / "nowhere")
@@ -203,13 +203,9 @@ def test_a_wrong_eos_id_is_refused(tmp_path, value):
 
 
 def test_chat_template_file_wins_over_the_setting(tmp_path):
-    write_checkpoint(
-        tmp_path, tokenizer_config={"chat_template": "setting {{ bos_token }}", "bos_token": "]~!b["}
-    )
+    write_checkpoint(tmp_path, tokenizer_config={"chat_template": "setting {{ bos_token }}", "bos_token": "]~!b["})
     messages = [{"role": "user", "content": "hi"}]
-    assert (
-        Tokenizer.from_pretrained(tmp_path).apply_chat_template(messages, tokenize=False) == "setting ]~!b["
-    )
+    assert Tokenizer.from_pretrained(tmp_path).apply_chat_template(messages, tokenize=False) == "setting ]~!b["
     (tmp_path / "chat_template.jinja").write_text("file {{ messages[0].content }} {{ extra }}")
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     text = tokenizer.apply_chat_template(messages, tokenize=False, extra="é")
@@ -219,9 +215,7 @@ def test_chat_template_file_wins_over_the_setting(tmp_path):
 
 def test_named_chat_templates_use_the_default(tmp_path):
     named = [{"name": "rag", "template": "rag"}, {"name": "default", "template": "plain"}]
-    tokenizer = Tokenizer.from_pretrained(
-        write_checkpoint(tmp_path, tokenizer_config={"chat_template": named})
-    )
+    tokenizer = Tokenizer.from_pretrained(write_checkpoint(tmp_path, tokenizer_config={"chat_template": named}))
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "plain"
 
 

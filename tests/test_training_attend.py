@@ -12,8 +12,8 @@ from minimax_jax.attention import ReferenceAttend
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 pytest.importorskip("optax")
-from tiny_attend import TrainingAttend  # noqa: E402
-from train_tiny import tiny_config  # noqa: E402
+from tiny_attend import TrainingAttend
+from train_tiny import tiny_config
 
 SEQUENCES, LENGTH = 2, 512
 

@@ -67,9 +67,7 @@ def check_batch(batch: Batch, block_size: int) -> None:
             )
 
 
-def check_attention(
-    q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, batch: Batch, out: jax.Array | None
-) -> None:
+def check_attention(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, batch: Batch, out: jax.Array | None) -> None:
     """What dense and sparse attention ask of their operands."""
     check_rank("q", q, "[T, Hq, D]")
     check_rank("k_cache", k_cache, "[P, Hkv, B, D]")

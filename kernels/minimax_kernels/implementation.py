@@ -21,7 +21,9 @@ def dispatch(op: str, implementations: Mapping[str, Callable[..., Any]], impl: s
     """
     if impl is not None:
         if impl not in implementations:
-            raise ValueError(f"impl = {impl!r}: {op} has {', '.join(map(repr, implementations))} (or None for the best)")
+            raise ValueError(
+                f"impl = {impl!r}: {op} has {', '.join(map(repr, implementations))} (or None for the best)"
+            )
         return implementations[impl](*args, **kwargs)
     refusals = []
     for name, function in implementations.items():

@@ -224,7 +224,7 @@ def test_the_released_checkpoints_at_full_size(tmp_path: Path, config: MiniMaxM3
         expert = plan.read("layers.59.mlp.experts.gate_up_proj", ((127, 128), (6080, 6144), (3000, 3100)))
         assert expert.shape == (1, 64, 100) and not expert.any()
     (tmp_path / "model-00007-of-00031.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="model-00007-of-00031.safetensors: cannot be opened"):
+    with pytest.raises(CheckpointError, match=r"model-00007-of-00031\.safetensors: cannot be opened"):
         plan_load(tmp_path, config)
 
 

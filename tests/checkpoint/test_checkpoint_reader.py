@@ -157,7 +157,8 @@ def check_open(path: Path, content: bytes) -> None:
     try:
         file = SafetensorsFile(path)
     except CheckpointError as error:
-        assert str(error).startswith(f"{path}: ")
+        if not str(error).startswith(f"{path}: "):
+            raise
         return
     for name in file.names():
         assert file.read(name).tobytes() == bytes(content)[file.entry(name).start :][: file.entry(name).num_bytes]

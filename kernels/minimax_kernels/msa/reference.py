@@ -27,9 +27,7 @@ def msa(
 ) -> Float[Array, "T Hq D"]:
     """See `minimax_kernels.msa`."""
     scores = index_score.index_score(idx_q, index_cache, batch)
-    selected = select_blocks.select_blocks(
-        scores, batch, topk=topk, init_blocks=init_blocks, local_blocks=local_blocks
-    )
+    selected = select_blocks.select_blocks(scores, batch, topk=topk, init_blocks=init_blocks, local_blocks=local_blocks)
     shared_by = max(k_cache.shape[1] // idx_q.shape[1], 1)  # KV heads that one index head serves
     selected = jnp.repeat(selected, shared_by, axis=0)
     return sparse_attention.sparse_attention(q, k_cache, v_cache, selected, batch, scale=scale, out=out)
