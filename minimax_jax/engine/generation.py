@@ -88,12 +88,15 @@ def generate_tokens(
     kv_lens[:num_rows] = [len(p) for p in prompts]
     state = DecodeState(jnp.asarray(first), jnp.asarray(kv_lens), caches)
     device_tables = jnp.asarray(tables)
-    yielded = first[:num_rows]
+    yield first[:num_rows]  # at once: the first decode step may have to be compiled
+    pending: np.ndarray | None = None
     for _ in range(max_new_tokens - 1):
         state = steps.decode(leaves, state, device_tables, sampling, **static)
-        yield yielded  # while the device works on the next token
-        yielded = np.asarray(state.tokens)[:num_rows]
-    yield yielded
+        if pending is not None:
+            yield pending  # while the device works on the next token
+        pending = np.asarray(state.tokens)[:num_rows]
+    if pending is not None:
+        yield pending
 
 
 def _run_chunk(
