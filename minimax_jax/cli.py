@@ -86,7 +86,8 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         help="continue a prompt, or answer it with --chat",
         description=(
             "Continue a prompt. Text streams to standard output; when it is complete, one line on standard error "
-            "gives prompt tokens, new tokens, time to first token (compilation included) and tokens/s after it.\n\n"
+            "gives prompt tokens, new tokens, time to first token (compilation included) and tokens/s once the "
+            "steps are compiled.\n\n"
             "Without --chat the prompt is encoded as it is, with the checkpoint's document-start token (bos_token_id "
             "of config.json) in front if the tokenizer has one and the text does not start with it. Special tokens "
             "written in a prompt become their ids. One line break at the end of a file or of standard input is "

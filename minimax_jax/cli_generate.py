@@ -129,7 +129,7 @@ class Run:
         self.token_ids: list[int] = []
         self._pieces = pieces
         self._prompt_seen = False
-        self._start = self._first = self._last = time.perf_counter()
+        self._start = self._first = self._second = self._last = time.perf_counter()
 
     def put(self, value: np.ndarray) -> None:
         """Takes the prompt, then one new token a call."""
@@ -140,6 +140,8 @@ class Run:
         if not self.token_ids:
             self._first = self._last
         self.token_ids.append(int(value[0]))
+        if len(self.token_ids) == 2:
+            self._second = self._last
         if self._pieces is not None:
             _print_piece(self._pieces.push(self.token_ids[-1]))
 
@@ -163,9 +165,9 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Rate after the first token, None for fewer than two."""
-        span = self._last - self._first
-        return (len(self.token_ids) - 1) / span if span > 0 else None
+        """Rate after the second token, which waits for the decode step to compile; None for fewer than three."""
+        span = self._last - self._second
+        return (len(self.token_ids) - 2) / span if len(self.token_ids) > 2 and span > 0 else None
 
     def statistics(self) -> str:
         """The last line: counts, time to first token, rate."""

@@ -210,12 +210,6 @@ def test_options_reach_the_model(checkpoint, fake, argv, options):
     assert fake.loaded == (str(checkpoint), "bfloat16")
 
 
-def test_a_default_number_of_new_tokens_gives_way_to_a_long_prompt(checkpoint, fake):
-    fake.defaults["max_new_tokens"] = 256
-    generate(checkpoint, "--prompt", "a" * 8100)
-    assert fake.called["max_new_tokens"] == 8192 - 8101
-
-
 # Where prompts come from
 
 
