@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from minimax_kernels.batch import Batch
 
@@ -59,7 +60,7 @@ def check_batch(batch: Batch, block_size: int) -> None:
     check_extent("batch.block_tables", "R", batch.block_tables.shape[0], requests, "in batch.kv_lens")
     check_extent("batch.query_starts", "R + 1", batch.query_starts.shape[0], requests + 1, "batch.kv_lens says")
     if requests and not isinstance(batch.kv_lens, jax.core.Tracer):
-        longest = int(batch.kv_lens.max())
+        longest = int(np.asarray(batch.kv_lens).max())  # jnp's max of a constant would be a tracer inside a trace
         if longest > batch.num_blocks * block_size:
             raise ValueError(
                 f"batch.kv_lens has {longest} tokens: must be at most {batch.num_blocks * block_size}, "
