@@ -1,0 +1,46 @@
+"""Settings for every test: eight CPU devices, hypothesis profiles, no silent skip of torch's tests on Python 3.11."""
+
+import importlib.util
+import os
+import sys
+
+import pytest
+from hypothesis import settings
+
+# Read when jax makes its first device, so before any test; costs nothing measurable.
+DEVICES = "--xla_force_host_platform_device_count"
+if DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
+
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, database=None)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+# The test extra installs torch there, and CI runs there: a missing import is a failure, never a skip.
+TORCH_REQUIRED = sys.version_info < (3, 12)
+
+
+def pytest_sessionstart() -> None:
+    missing = [name for name in ("torch", "transformers") if TORCH_REQUIRED and not importlib.util.find_spec(name)]
+    if missing:
+        raise pytest.UsageError(f"{' and '.join(missing)} missing on Python 3.11: install the test extra")
+
+
+def fail_missing_import(report: pytest.CollectReport | pytest.TestReport) -> None:
+    """Turns the skip of `pytest.importorskip` into a failure, also when the package is there but broken."""
+    if TORCH_REQUIRED and report.skipped and "could not import" in str(report.longrepr):
+        report.outcome = "failed"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+    report = yield
+    fail_missing_import(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    report = yield
+    fail_missing_import(report)
+    return report
