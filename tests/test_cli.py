@@ -27,7 +27,9 @@ from minimax_jax.tokenizer import TextStream, Tokenizer
 SPECIAL = ["]~b]", "[e~[", "]~!b["]
 PLAIN = ["<mm:think>", "</mm:think>"]
 END, START = 257, 258
-STATISTICS = re.compile(r"(\d+) prompt tokens?, (\d+) new tokens?, [\d.]+ s to first token, (?:[\d.]+ tokens/s|no rate)\n")
+STATISTICS = re.compile(
+    r"(\d+) prompt tokens?, (\d+) new tokens?, [\d.]+ s to first token, (?:[\d.]+ tokens/s|no rate)\n"
+)
 
 
 def write_tokenizer(folder: Path) -> None:

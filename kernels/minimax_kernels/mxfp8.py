@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt
 
 BLOCK = 32
@@ -35,8 +36,11 @@ class Mxfp8:
         return len(self.values.shape)
 
 
-def dequantize(w: Mxfp8, dtype: jnp.dtype = jnp.float32) -> Array:
-    """values * 2 ** (scales - 127), by exponent arithmetic, so exact in float32; 255 gives NaN."""
+def dequantize(w: Mxfp8, dtype: DTypeLike = jnp.float32) -> Array:
+    """values * 2 ** (scales - 127), by exponent arithmetic, so exact in float32; 255 gives NaN.
+
+    Backends that flush float32 subnormals give zero for them, and for all of a block of scale 0.
+    """
     bits = w.scales.astype(jnp.uint32) << 23  # the byte is float32's own exponent field
     subnormal = jnp.uint32(1 << 22)  # byte 0 is 2 ** -127, a float32 subnormal
     factor = jax.lax.bitcast_convert_type(jnp.where(w.scales == 0, subnormal, bits), jnp.float32)

@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from minimax_jax.config import MiniMaxM3Config
@@ -26,7 +27,7 @@ class PagedCaches:
     index: tuple[Float[Array, "P B Di"] | None, ...]
 
 
-def allocate_pages(config: MiniMaxM3Config, num_pages: int, dtype: jnp.dtype) -> PagedCaches:
+def allocate_pages(config: MiniMaxM3Config, num_pages: int, dtype: DTypeLike) -> PagedCaches:
     """Pools of `num_pages` pages of `index_block_size` tokens each."""
     block_size = config.index_block_size
     kv_shape = (num_pages, config.num_key_value_heads, block_size, config.head_dim)

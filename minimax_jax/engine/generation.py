@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from minimax_jax.cache import PagedCaches, allocate_pages
 from minimax_jax.config import MiniMaxM3Config
@@ -58,7 +59,7 @@ def generate_tokens(
     *,
     max_new_tokens: int,
     seed: int,
-    cache_dtype: jnp.dtype,
+    cache_dtype: DTypeLike,
     max_prefill_tokens: int = MAX_PREFILL_TOKENS,
 ) -> Iterator[np.ndarray]:
     """Yields the new tokens [R] of every step, at most `max_new_tokens` times.

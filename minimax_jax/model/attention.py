@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from minimax_jax.config import MiniMaxM3Config
@@ -34,7 +34,7 @@ class Attend(Protocol):
 class Attention(nnx.Module):
     """Grouped-query attention with per-head QK norm, partial RoPE and, on sparse layers, the index branch."""
 
-    def __init__(self, config: MiniMaxM3Config, layer_id: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: MiniMaxM3Config, layer_id: int, dtype: DTypeLike, rngs: nnx.Rngs):
         hidden, head_dim, index_dim = config.hidden_size, config.head_dim, config.index_head_dim
 
         def weight(rows: int, columns: int) -> nnx.Param:

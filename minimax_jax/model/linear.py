@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from minimax_kernels.mxfp8 import Mxfp8, dequantize
 
 
-def linear(x: Float[Array, "T K"], w: Float[Array, "K N"] | Mxfp8, dtype: jnp.dtype | None = None) -> Array:
+def linear(x: Float[Array, "T K"], w: Float[Array, "K N"] | Mxfp8, dtype: DTypeLike | None = None) -> Array:
     """x @ w with float32 accumulation; the result has `dtype`, by default x's.
 
     float32 operands are multiplied exactly: a GPU would round them to TF32 otherwise.
@@ -20,6 +21,6 @@ def linear(x: Float[Array, "T K"], w: Float[Array, "K N"] | Mxfp8, dtype: jnp.dt
     return product.astype(x.dtype if dtype is None else dtype)
 
 
-def normal_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, std: float = 0.02) -> Array:
+def normal_init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike, std: float = 0.02) -> Array:
     """Fresh weights: normal with the initializer_range of the published configs."""
     return (jax.random.normal(key, shape, jnp.float32) * std).astype(dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from minimax_jax.config import MiniMaxM3Config
@@ -20,7 +21,7 @@ from minimax_jax.model.rope import RopeTables, rope_tables
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and MLP (or mixture of experts) with residuals."""
 
-    def __init__(self, config: MiniMaxM3Config, layer_id: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: MiniMaxM3Config, layer_id: int, dtype: DTypeLike, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.self_attn = Attention(config, layer_id, dtype, rngs)
@@ -43,7 +44,7 @@ class MiniMaxM3(nnx.Module):
     `dtype` (bfloat16 or float32), routers in float32, logits come in float32.
     """
 
-    def __init__(self, config: MiniMaxM3Config, *, dtype: jnp.dtype = jnp.bfloat16, rngs: nnx.Rngs):
+    def __init__(self, config: MiniMaxM3Config, *, dtype: DTypeLike = jnp.bfloat16, rngs: nnx.Rngs):
         self.embed_tokens = nnx.Param(normal_init(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
         self.layers = nnx.List([DecoderLayer(config, i, dtype, rngs) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
@@ -78,7 +79,7 @@ class MiniMaxM3(nnx.Module):
 State = dict[str, jax.Array]
 
 
-def abstract_model(config: MiniMaxM3Config, dtype: jnp.dtype = jnp.bfloat16) -> MiniMaxM3:
+def abstract_model(config: MiniMaxM3Config, dtype: DTypeLike = jnp.bfloat16) -> MiniMaxM3:
     """A model whose weights are shapes only; takes no memory."""
     return nnx.eval_shape(lambda: MiniMaxM3(config, dtype=dtype, rngs=nnx.Rngs(0)))
 

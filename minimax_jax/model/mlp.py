@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from minimax_jax.config import MiniMaxM3Config
@@ -25,7 +26,7 @@ def swigluoai(gate_up: Float[Array, "T 2F"], config: MiniMaxM3Config) -> Float[A
 class MLP(nnx.Module):
     """The MLP of the dense layers, and the shared expert."""
 
-    def __init__(self, config: MiniMaxM3Config, width: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: MiniMaxM3Config, width: int, dtype: DTypeLike, rngs: nnx.Rngs):
         self.gate_up_proj = nnx.Param(normal_init(rngs.params(), (config.hidden_size, 2 * width), dtype))
         self.down_proj = nnx.Param(normal_init(rngs.params(), (width, config.hidden_size), dtype))
         self.config = config

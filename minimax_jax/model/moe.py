@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from minimax_jax.config import MiniMaxM3Config
@@ -38,7 +39,7 @@ class Router(nnx.Module):
 class Experts(nnx.Module):
     """The routed experts that live on this rank."""
 
-    def __init__(self, config: MiniMaxM3Config, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: MiniMaxM3Config, dtype: DTypeLike, rngs: nnx.Rngs):
         experts, hidden, width = config.num_local_experts, config.hidden_size, config.intermediate_size
         self.gate_up_proj = nnx.Param(normal_init(rngs.params(), (experts, hidden, 2 * width), dtype))
         self.down_proj = nnx.Param(normal_init(rngs.params(), (experts, width, hidden), dtype))
@@ -62,7 +63,7 @@ class Experts(nnx.Module):
 class MoE(nnx.Module):
     """Routed experts plus the shared expert."""
 
-    def __init__(self, config: MiniMaxM3Config, layer_id: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: MiniMaxM3Config, layer_id: int, dtype: DTypeLike, rngs: nnx.Rngs):
         self.gate = Router(config, rngs)
         self.experts = Experts(config, dtype, rngs)
         self.shared_experts = MLP(config, config.shared_intermediate_size, dtype, rngs)
