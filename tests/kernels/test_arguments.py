@@ -1,0 +1,183 @@
+"""What the operations refuse, and how an implementation is chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import jax.numpy as jnp
+import pytest
+
+import minimax_kernels as mk
+from minimax_kernels.implementation import dispatch
+
+BATCH = mk.Batch(jnp.zeros((2, 3), jnp.int32), jnp.array([0, 2, 5]), jnp.array([20, 48]))
+ARGS = {
+    "dense_attention": {
+        "q": jnp.zeros((5, 4, 8)), "k_cache": jnp.zeros((6, 2, 16, 8)), "v_cache": jnp.zeros((6, 2, 16, 8)),
+        "batch": BATCH, "scale": 1.0,
+    },
+    "index_score": {"idx_q": jnp.zeros((5, 2, 8)), "index_cache": jnp.zeros((6, 16, 8)), "batch": BATCH},
+    "select_blocks": {"scores": jnp.zeros((2, 5, 3)), "batch": BATCH, "topk": 2},
+    "grouped_matmul": {"x": jnp.zeros((5, 32)), "w": jnp.zeros((3, 32, 4)), "group_sizes": jnp.array([1, 2, 0])},
+    "write_index": {
+        "index_cache": jnp.zeros((6, 16, 8)), "idx_k": jnp.zeros((5, 8)), "slots": jnp.arange(5, dtype=jnp.int32),
+    },
+    "write_kv": {
+        "k_cache": jnp.zeros((6, 2, 16, 8)), "v_cache": jnp.zeros((6, 2, 16, 8)), "k": jnp.zeros((5, 2, 8)),
+        "v": jnp.zeros((5, 2, 8)), "slots": jnp.arange(5, dtype=jnp.int32),
+    },
+}  # fmt: skip
+ARGS["sparse_attention"] = ARGS["dense_attention"] | {"selected": jnp.zeros((2, 5, 1), jnp.int32)}
+ARGS["msa"] = ARGS["dense_attention"] | {
+    "idx_q": jnp.zeros((5, 2, 8)), "index_cache": jnp.zeros((6, 16, 8)), "topk": 2
+}  # fmt: skip
+
+
+def batch_with(**changes):
+    return dataclasses.replace(BATCH, **changes)
+
+
+_ATTENTION_ERRORS = [
+    ({"q": jnp.zeros((5, 32))}, r"q has shape \(5, 32\): must be \[T, Hq, D\]"),
+    ({"q": jnp.zeros((5, 4, 8), jnp.int32)}, "q is int32: must be one of float32, bfloat16"),
+    ({"q": jnp.zeros((5, 4, 16))}, "q has D = 16: must be 8, as in k_cache"),
+    ({"q": jnp.zeros((5, 3, 8))}, "q's Hq = 3: must be a multiple of k_cache's Hkv = 2"),
+    ({"k_cache": jnp.zeros((6, 16, 8))}, r"k_cache has shape \(6, 16, 8\): must be \[P, Hkv, B, D\]"),
+    ({"v_cache": jnp.zeros((5, 2, 16, 8))}, r"v_cache has shape \(5, 2, 16, 8\): must be \(6, 2, 16, 8\)"),
+    ({"out": jnp.zeros((4, 4, 8))}, r"out has shape \(4, 4, 8\): must be \(5, 4, 8\), as q"),
+    ({"out": jnp.zeros((5, 4, 8), jnp.int32)}, "out is int32: must be one of"),
+]
+_BATCH_ERRORS = [
+    ({"batch": (1, 2, 3)}, "batch is tuple: must be a minimax_kernels.Batch"),
+    ({"batch": batch_with(block_tables=jnp.zeros(3, jnp.int32))}, r"batch.block_tables has shape \(3,\)"),
+    ({"batch": batch_with(block_tables=jnp.zeros((2, 3)))}, "batch.block_tables is float32: must be an integer"),
+    ({"batch": batch_with(block_tables=jnp.zeros((3, 3), jnp.int32))}, "batch.block_tables has R = 3: must be 2"),
+    (
+        {"batch": batch_with(block_tables=jnp.zeros((2, 2), jnp.int32))},
+        "batch.kv_lens has 48 tokens: must be at most 32",
+    ),
+    ({"batch": batch_with(query_starts=jnp.array([0, 5]))}, r"batch.query_starts has R \+ 1 = 2: must be 3"),
+    ({"batch": batch_with(kv_lens=jnp.zeros((2, 1), jnp.int32))}, r"batch.kv_lens has shape \(2, 1\): must be \[R\]"),
+    ({"batch": batch_with(kv_lens=jnp.array([1.0, 2.0]))}, "batch.kv_lens is float32: must be an integer"),
+]
+_OPTION_ERRORS = [
+    ({"topk": 0}, "topk = 0: must be an integer >= 1"),
+    ({"topk": 1.5}, "topk = 1.5: must be an integer"),
+    ({"init_blocks": -1}, "init_blocks = -1: must be an integer >= 0"),
+    ({"local_blocks": -1}, "local_blocks = -1: must be an integer >= 0"),
+    ({"init_blocks": 1, "local_blocks": 2}, r"topk = 2: must be at least init_blocks \+ local_blocks = 3"),
+]
+_INDEX_ERRORS = [
+    ({"idx_q": jnp.zeros((5, 8))}, r"idx_q has shape \(5, 8\): must be \[T, Hi, D"),
+    ({"idx_q": jnp.zeros((5, 2, 8), jnp.int8)}, "idx_q is int8: must be one of"),
+    ({"idx_q": jnp.zeros((5, 2, 4))}, "idx_q has Di? = 4: must be 8, as in index_cache"),
+    ({"index_cache": jnp.zeros((6, 2, 16, 8))}, r"index_cache has shape \(6, 2, 16, 8\): must be \[P, B, D"),
+]
+ERRORS = {
+    "dense_attention": _ATTENTION_ERRORS + _BATCH_ERRORS,
+    "sparse_attention": [
+        *_ATTENTION_ERRORS, *_BATCH_ERRORS,
+        ({"selected": jnp.zeros((2, 5), jnp.int32)}, r"selected has shape \(2, 5\): must be \[Hkv, T, topk\]"),
+        ({"selected": jnp.zeros((2, 5, 1))}, "selected is float32: must be an integer type"),
+        ({"selected": jnp.zeros((2, 4, 1), jnp.int32)}, "selected has T = 4: must be 5, as in q"),
+        ({"selected": jnp.zeros((2, 5, 0), jnp.int32)}, "selected's topk = 0: must be an integer >= 1"),
+        ({"selected": jnp.zeros((3, 5, 1), jnp.int32)}, "selected's Hkv = 3: must be a multiple of k_cache's Hkv = 2"),
+        ({"selected": jnp.zeros((8, 5, 1), jnp.int32)}, "q's Hq = 4: must be a multiple of selected's Hkv = 8"),
+    ],
+    "index_score": _INDEX_ERRORS + _BATCH_ERRORS,
+    "select_blocks": [
+        *_OPTION_ERRORS,
+        ({"scores": jnp.zeros((5, 3))}, r"scores has shape \(5, 3\): must be \[Hi, T, N\]"),
+        ({"scores": jnp.zeros((2, 5, 3), jnp.int32)}, "scores is int32: must be one of"),
+        ({"scores": jnp.zeros((2, 5, 4))}, "scores has N = 4: must be 3, as in batch.block_tables"),
+    ],
+    "msa": [
+        *_ATTENTION_ERRORS, *_BATCH_ERRORS, *_OPTION_ERRORS, *_INDEX_ERRORS,
+        ({"idx_q": jnp.zeros((4, 2, 8))}, "idx_q has T = 4: must be 5, as in q"),
+        ({"index_cache": jnp.zeros((6, 32, 8))}, "index_cache has B = 32: must be 16, as in k_cache"),
+        ({"idx_q": jnp.zeros((5, 3, 8))}, "idx_q's Hi = 3: must divide k_cache's Hkv = 2, or be a multiple"),
+        ({"idx_q": jnp.zeros((5, 8, 8))}, "q's Hq = 4: must be a multiple of idx_q's Hi = 8"),
+    ],
+    "grouped_matmul": [
+        ({"x": jnp.zeros((5, 1, 32))}, r"x has shape \(5, 1, 32\): must be \[T, K\]"),
+        ({"x": jnp.zeros((5, 32), jnp.int32)}, "x is int32: must be one of"),
+        ({"w": jnp.zeros((32, 4))}, r"w has shape \(32, 4\): must be \[E, K, N\]"),
+        ({"w": jnp.zeros((3, 16, 4))}, "x has K = 32: must be 16, as in w"),
+        ({"group_sizes": jnp.zeros(3)}, "group_sizes is float32: must be an integer type"),
+        ({"group_sizes": jnp.zeros((3, 1), jnp.int32)}, r"group_sizes has shape \(3, 1\): must be \[E\]"),
+        ({"group_sizes": jnp.zeros(2, jnp.int32)}, "group_sizes has E = 2: must be 3, as in w"),
+    ],
+    "write_kv": [
+        ({"k_cache": jnp.zeros((6, 16, 8))}, "k_cache has shape"),
+        ({"v_cache": jnp.zeros((6, 2, 16, 4))}, r"v_cache has shape \(6, 2, 16, 4\): must be \(6, 2, 16, 8\)"),
+        ({"k": jnp.zeros((5, 16))}, r"k has shape \(5, 16\): must be \[T, Hkv, D\]"),
+        ({"v": jnp.zeros((5, 2, 4))}, r"v has shape \(5, 2, 4\): must be \(5, 2, 8\), as k"),
+        ({"k": jnp.zeros((5, 4, 8)), "v": jnp.zeros((5, 4, 8))}, "k has Hkv = 4: must be 2, as in k_cache"),
+        ({"k": jnp.zeros((5, 2, 4)), "v": jnp.zeros((5, 2, 4))}, "k has D = 4: must be 8, as in k_cache"),
+        ({"slots": jnp.zeros((5, 1), jnp.int32)}, r"slots has shape \(5, 1\): must be \[T\]"),
+        ({"slots": jnp.zeros(5)}, "slots is float32: must be an integer type"),
+        ({"slots": jnp.zeros(4, jnp.int32)}, "slots has T = 4: must be 5, as in k"),
+    ],
+    "write_index": [
+        ({"index_cache": jnp.zeros((6, 8))}, r"index_cache has shape \(6, 8\): must be \[P, B, D\]"),
+        ({"idx_k": jnp.zeros((5, 2, 8))}, r"idx_k has shape \(5, 2, 8\): must be \[T, D\]"),
+        ({"idx_k": jnp.zeros((5, 4))}, "idx_k has D = 4: must be 8, as in index_cache"),
+        ({"slots": jnp.zeros(5)}, "slots is float32: must be an integer type"),
+        ({"slots": jnp.zeros(4, jnp.int32)}, "slots has T = 4: must be 5, as in idx_k"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", ARGS)
+def test_argument_errors_name_the_argument(op):
+    getattr(mk, op)(**ARGS[op])  # what the errors below change one thing of
+    for changes, message in ERRORS[op]:
+        with pytest.raises(ValueError, match=message):
+            getattr(mk, op)(**ARGS[op] | changes)
+
+
+@pytest.mark.parametrize("op", ARGS)
+def test_unknown_implementation(op):
+    getattr(mk, op)(**ARGS[op], impl="reference")
+    with pytest.raises(ValueError, match=rf"impl = 'quick': {op} has .*'reference'"):
+        getattr(mk, op)(**ARGS[op], impl="quick")
+
+
+def refuse(*args, **kwargs):
+    raise NotImplementedError("only on a GPU")
+
+
+def served(name):
+    return lambda *args, **kwargs: (name, args, kwargs)
+
+
+def test_dispatch_takes_the_first_that_serves_without_a_warning():
+    implementations = {"fast": served("fast"), "reference": served("reference")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch("op", implementations, None, 1, scale=2) == ("fast", (1,), {"scale": 2})
+        assert dispatch("op", implementations, "reference", 1) == ("reference", (1,), {})
+
+
+def test_dispatch_falls_back_with_one_warning():
+    implementations = {"fast": refuse, "faster": refuse, "reference": served("reference")}
+    with pytest.warns(UserWarning, match="op falls back to 'reference'") as caught:
+        assert dispatch("op", implementations, None, 1)[0] == "reference"
+    assert len(caught) == 1
+    assert "fast: only on a GPU; faster: only on a GPU" in str(caught[0].message)
+
+
+def test_a_named_implementation_that_cannot_serve_raises():
+    with pytest.raises(NotImplementedError, match="only on a GPU"):
+        dispatch("op", {"fast": refuse, "reference": served("reference")}, "fast")
+    with pytest.raises(NotImplementedError, match="no implementation of op serves this call"):
+        dispatch("op", {"fast": refuse}, None)
+
+
+def test_dispatch_does_not_swallow_other_errors():
+    def broken(*args):
+        raise TypeError("a bug")
+
+    with pytest.raises(TypeError, match="a bug"):
+        dispatch("op", {"fast": broken, "reference": served("reference")}, None)
