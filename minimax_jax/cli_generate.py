@@ -128,14 +128,19 @@ class Run:
         self.prompt_tokens = prompt_tokens
         self.token_ids: list[int] = []
         self._pieces = pieces
-        self._prompt_seen = False
+        self._prompt_seen = self._notice = False
         self._start = self._first = self._second = self._last = time.perf_counter()
 
     def put(self, value: np.ndarray) -> None:
         """Takes the prompt, then one new token a call."""
         if not self._prompt_seen:
             self._prompt_seen = True
+            if self._pieces is not None and sys.stderr.isatty():  # seconds pass, and somebody may be watching
+                print("Compiling ...", end="\r", file=sys.stderr, flush=True)
+                self._notice = True
             return
+        if self._notice:
+            self._clear_notice()
         self._last = time.perf_counter()
         if not self.token_ids:
             self._first = self._last
@@ -148,8 +153,14 @@ class Run:
     def end(self) -> None:
         """The protocol's end; `finish` does the work, after an interruption too."""
 
+    def _clear_notice(self) -> None:
+        print("\x1b[K", end="", file=sys.stderr, flush=True)
+        self._notice = False
+
     def finish(self) -> None:
         """Prints what was held back."""
+        if self._notice:
+            self._clear_notice()
         if self._pieces is not None:
             _print_piece(self._pieces.finish())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,10 @@ class MiniMaxM3Config:
 
 def is_finite(value: Any) -> bool:
     """Whether a value is a number, and not an infinite one or NaN."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+LARGEST_INT = 2**31 - 1  # sizes and positions are int32 in the arrays
 
 
 _POSITIVE = (
@@ -192,9 +196,9 @@ def _problems(c: MiniMaxM3Config) -> list[str]:
     for key in (*_POSITIVE, "n_shared_experts", "index_init_blocks", "index_local_blocks"):
         value = getattr(c, key)
         least = 1 if key in _POSITIVE else 0
-        require(
-            isinstance(value, int) and not isinstance(value, bool) and value >= least, key, f"an integer >= {least}"
-        )
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        require(whole and value >= least, key, f"an integer >= {least}")
+        require(not whole or value <= LARGEST_INT, key, f"at most {LARGEST_INT}")
     for key in ("rms_norm_eps", "rope_theta", "swiglu_limit"):
         value = getattr(c, key)
         require(is_finite(value) and value > 0, key, "a finite number > 0")

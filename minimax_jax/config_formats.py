@@ -15,6 +15,7 @@ from typing import Any
 from minimax_jax.config import (
     DENSE_MLP,
     FULL_ATTENTION,
+    LARGEST_INT,
     MOE_MLP,
     SPARSE_ATTENTION,
     ConfigError,
@@ -78,8 +79,8 @@ def parse_config(config: Mapping[str, Any]) -> MiniMaxM3Config:
             problems.append(f"{key} is missing: a MiniMax-M3 config names it")
         elif not isinstance(text[key], int) or isinstance(text[key], bool) or text[key] < 1:
             problems.append(f"{key} = {text[key]!r}: must be an integer >= 1")
-        elif key == "num_hidden_layers" and text[key] > _MOST_LAYERS:
-            problems.append(f"{key} = {text[key]!r}: must be at most {_MOST_LAYERS}")
+        elif text[key] > (most := _MOST_LAYERS if key == "num_hidden_layers" else LARGEST_INT):
+            problems.append(f"{key} = {text[key]!r}: must be at most {most}")
     _check_types(config, text, wrapped, problems)
     for key, allowed in _FIXED.items():
         if key in text and text[key] not in allowed:

@@ -120,7 +120,7 @@ def inspect_model(name: str, *, read_values: bool = False) -> InspectReport:
     config: MiniMaxM3Config | None = None
     with suppress(ConfigError, OSError):  # the check says what is wrong
         config = MiniMaxM3Config.from_pretrained(directory)
-    return build_report(name, config, check_checkpoint(directory, read_values=read_values))
+    return build_report(name, config, check_checkpoint(directory, read_values=read_values, progress=True))
 
 
 def build_report(name: str, config: MiniMaxM3Config | None, check: CheckReport | None) -> InspectReport:

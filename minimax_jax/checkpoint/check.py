@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from minimax_jax.checkpoint.files import CheckpointFiles, scan_directory
 from minimax_jax.checkpoint.names import detect_style, state_tensors
@@ -15,6 +17,7 @@ from minimax_jax.paths import model_directory
 from minimax_jax.tensor_table import SCALE_SUFFIX
 
 _CHUNK_ELEMENTS = 1 << 22
+_PROGRESS_DELAY = 2.0  # seconds; a check that is over sooner shows nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +75,7 @@ class CheckReport:
         return not self.problems
 
 
-def check_checkpoint(directory: str | Path, *, read_values: bool = False) -> CheckReport:
+def check_checkpoint(directory: str | Path, *, read_values: bool = False, progress: bool = False) -> CheckReport:
     """Looks at every header, and with `read_values` at every value, and reports; bad content never raises.
 
     An MXFP8 scale byte of 255 counts as NaN, under the scale's name.
@@ -80,6 +83,7 @@ def check_checkpoint(directory: str | Path, *, read_values: bool = False) -> Che
     Args:
       directory: a model directory; "tiny" is the embedded checkpoint.
       read_values: also look for NaN and infinite weights, which reads the whole checkpoint.
+      progress: a bar on stderr when that takes more than two seconds.
     """
     try:
         path = model_directory(directory)
@@ -99,7 +103,7 @@ def check_checkpoint(directory: str | Path, *, read_values: bool = False) -> Che
         elif style is not None and config is not None:
             findings = compare(files, config, style, state_tensors(config, style))
         ignored = sum(style.ignores(name) for name in files.names()) if style else 0
-        values = _non_finite(files) if read_values else None
+        values = _non_finite(files, progress) if read_values else None
         return _report(path, style.name if style else None, files, ignored, findings, bad_files, values)
 
 
@@ -128,19 +132,32 @@ def _report(
     )
 
 
-def _non_finite(files: CheckpointFiles) -> dict[str, NonFinite]:
+def _non_finite(files: CheckpointFiles, progress: bool) -> dict[str, NonFinite]:
     """The tensors that hold NaN or infinite values."""
     found: dict[str, NonFinite] = {}
-    for name in files.names():
-        flat = files.read(name).reshape(-1)
-        nan = inf = 0
-        for start in range(0, flat.size, _CHUNK_ELEMENTS):
-            chunk_nan, chunk_inf = _count(name, files.dtype(name), flat[start : start + _CHUNK_ELEMENTS])
-            nan, inf = nan + chunk_nan, inf + chunk_inf
-            files.release(name)
-        if nan or inf:
-            found[name] = NonFinite(nan, inf, flat.size)
+    bar = tqdm(
+        total=sum(files.num_bytes(name) for name in files.names()), desc="Checking values", unit="B", unit_scale=True,
+        file=sys.stderr, delay=_PROGRESS_DELAY, disable=not progress, leave=False,
+    )  # fmt: skip
+    with bar:
+        for name in files.names():
+            nan, inf = _count_tensor(files, name, bar)
+            if nan or inf:
+                found[name] = NonFinite(nan, inf, int(np.prod(files.shape(name))))
     return found
+
+
+def _count_tensor(files: CheckpointFiles, name: str, bar: tqdm) -> tuple[int, int]:
+    """(NaN, infinite) values of a tensor, read a chunk at a time."""
+    flat = files.read(name).reshape(-1)
+    nan = inf = 0
+    for start in range(0, flat.size, _CHUNK_ELEMENTS):
+        chunk = flat[start : start + _CHUNK_ELEMENTS]
+        chunk_nan, chunk_inf = _count(name, files.dtype(name), chunk)
+        nan, inf = nan + chunk_nan, inf + chunk_inf
+        files.release(name)
+        bar.update(chunk.nbytes)
+    return nan, inf
 
 
 def _count(name: str, dtype: str, values: np.ndarray) -> tuple[int, int]:
