@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.engine.buckets import bucket
 from minimax_jax.engine.generation import generate_tokens
 from minimax_jax.engine.generation_config import GenerationConfig
-from minimax_jax.engine.prompts import is_torch_tensor, read_prompts
+from minimax_jax.engine.prompts import Prompts, is_torch_tensor, read_prompts
 from minimax_jax.engine.steps import Steps
 from minimax_jax.model import MiniMaxM3, abstract_model, merge_model, split_model
 from minimax_jax.paths import model_directory
@@ -27,7 +28,6 @@ from minimax_jax.tokenizer import Tokenizer
 
 _DEFAULT_NEW_TOKENS = 256
 _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-_DTYPES = ("auto", "bfloat16", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +93,15 @@ class MiniMaxM3ForCausalLM:
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, dtype: str = "auto", *, device: Any = None, progress: bool = True
+        cls, directory: str | Path, dtype: Any = "auto", *, device: Any = None, progress: bool = True
     ) -> MiniMaxM3ForCausalLM:
         """Loads a checkpoint directory in the Hugging Face format; "tiny" is the embedded one.
 
         Args:
           directory: with config.json and safetensors, in the vendor's or transformers' names, BF16 or MXFP8
             (dequantised while loading).
-          dtype: "bfloat16", "float32", or "auto": bfloat16 on an accelerator, float32 on a CPU.
+          dtype: "bfloat16" or "float32" (by name, or NumPy's, JAX's or torch's type), or "auto": bfloat16 on an
+            accelerator, float32 on a CPU.
           device: a jax device or sharding; the default device if None.
           progress: whether loads of more than two seconds show a bar on stderr.
 
@@ -112,11 +113,8 @@ class MiniMaxM3ForCausalLM:
         path = model_directory(directory)
         config = MiniMaxM3Config.from_pretrained(path)
         generation_config = GenerationConfig.from_pretrained(path, config.eos_token_ids)
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype = {dtype!r}: must be one of {', '.join(map(repr, _DTYPES))}")
-        if dtype == "auto":
-            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        state = load_state(path, config, dtype, device=device, progress=progress)
+        generation_config.check_vocabulary(config.vocab_size)
+        state = load_state(path, config, _resolve_dtype(dtype, device), device=device, progress=progress)
         return cls(config, state, generation_config=generation_config, directory=path)
 
     @classmethod
@@ -128,10 +126,13 @@ class MiniMaxM3ForCausalLM:
     def save_pretrained(self, directory: str | Path, *, style: str = "transformers") -> None:
         """Writes config, weights, generation config and tokenizer files.
 
+        The text model as it is in memory: vision tensors of a checkpoint it came from are not part of it, and
+        MXFP8 weights were dequantised.
+
         Args:
           style: "transformers" (what `MiniMaxM3VLForCausalLM.from_pretrained` loads) or "vendor".
         """
-        target = Path(directory)
+        target = Path(directory).expanduser()
         save_state(self.state(), self.config, target, style=style)
         self.generation_config.write(target)
         if self._directory is not None:
@@ -182,8 +183,11 @@ class MiniMaxM3ForCausalLM:
         starts = np.full(num_rows + 1, total, np.int32)
         starts[: len(lengths)] = np.cumsum(lengths) - lengths
         flat = self._forward(self._leaves, tokens, positions, starts, max_len=bucket(int(lengths.max())))
-        logits = jnp.zeros((*prompts.kept.shape, self.config.vocab_size), flat.dtype)
-        logits = logits.at[np.nonzero(prompts.kept)].set(flat[:total])
+        if prompts.kept.all():
+            logits = flat[:total].reshape(*prompts.kept.shape, -1)
+        else:
+            logits = jnp.zeros((*prompts.kept.shape, self.config.vocab_size), flat.dtype)
+            logits = logits.at[np.nonzero(prompts.kept)].set(flat[:total])
         return CausalLMOutput(_like(input_ids, logits))
 
     @functools.cached_property
@@ -225,14 +229,13 @@ class MiniMaxM3ForCausalLM:
           streamer: receives the tokens as they come.
 
         Returns:
-          [R, L + new] ids: the prompts as given, then the new tokens; a row that ended early is filled with
-          the pad token (by default the first end-of-text id). torch if the ids were, else JAX.
+          [R, L + new] ids: the prompts as given, then the new tokens; a row that ended early, and prompts of
+          different lengths, are filled with the pad token (by default the first end-of-text id). torch if the
+          ids were, else JAX.
 
         Raises:
           ValueError: for options out of range, and as in a call.
         """
-        if eos_token_id == -1:
-            eos_token_id = []
         options = self.generation_config.override(
             max_new_tokens=max_new_tokens,
             do_sample=do_sample,
@@ -241,11 +244,14 @@ class MiniMaxM3ForCausalLM:
             top_k=top_k,
             eos_token_id=eos_token_id,
         )
-        prompts = self._read(input_ids, attention_mask)
+        options.check_vocabulary(self.config.vocab_size)
+        if isinstance(seed, bool) or not 0 <= (seed := operator.index(seed)) < 2**32:
+            raise ValueError(f"seed = {seed!r}: must be an integer within 0..{2**32 - 1}")
+        pad = options.pad
+        prompts = self._read(input_ids, attention_mask, pad)
         longest = max(len(tokens) for tokens in prompts.tokens)
         budget = self._budget(options.max_new_tokens, longest, asked=max_new_tokens is not None)
         ends = np.array(options.eos_token_id, np.int32)
-        pad = options.pad_token_id if options.pad_token_id is not None else (ends[0] if ends.size else 0)
         steps = generate_tokens(
             self._steps,
             self._leaves,
@@ -256,27 +262,30 @@ class MiniMaxM3ForCausalLM:
             seed=seed,
             cache_dtype=self.dtype,
         )
-        if streamer is not None:
-            streamer.put(prompts.padded)
         columns, ended = [], np.zeros(len(prompts.tokens), bool)
-        for tokens in steps:
-            tokens = np.where(ended, pad, tokens).astype(np.int32)
-            columns.append(tokens)
+        try:
             if streamer is not None:
-                streamer.put(tokens)
-            ended |= np.isin(tokens, ends)
-            if ended.all():
-                break
-        if streamer is not None:
-            streamer.end()
+                streamer.put(prompts.padded)
+            for tokens in steps:
+                tokens = np.where(ended, pad, tokens).astype(np.int32)
+                columns.append(tokens)
+                if streamer is not None:
+                    streamer.put(tokens)
+                ended |= np.isin(tokens, ends)
+                if ended.all():
+                    break
+        finally:
+            if streamer is not None:
+                streamer.end()  # a reader in another thread must not wait for ever
         return _like(input_ids, jnp.asarray(np.concatenate([prompts.padded, np.stack(columns, axis=1)], axis=1)))
 
-    def _read(self, input_ids: Any, attention_mask: Any):
+    def _read(self, input_ids: Any, attention_mask: Any, pad: int = 0) -> Prompts:
         return read_prompts(
             input_ids,
             attention_mask,
             vocab_size=self.config.vocab_size,
             max_len=self.config.max_position_embeddings,
+            pad=pad,
         )
 
     def _budget(self, max_new_tokens: int | None, longest: int, *, asked: bool) -> int:
@@ -298,11 +307,32 @@ class MiniMaxM3ForCausalLM:
         return max_new_tokens
 
 
+def _resolve_dtype(dtype: Any, device: Any) -> str:
+    """A dtype in any library's spelling as a name that `load_state` takes; "auto" looks at the device."""
+    if isinstance(dtype, str) and dtype == "auto":
+        devices = getattr(device, "device_set", None)
+        target = next(iter(devices)) if devices else device
+        platform = jax.default_backend() if target is None else target.platform
+        return "float32" if platform == "cpu" else "bfloat16"
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, str) or "torch" in str(type(dtype)) else None
+    try:
+        name = name or jnp.dtype(dtype).name
+    except TypeError:
+        name = repr(dtype)
+    if name not in ("bfloat16", "float32"):
+        raise ValueError(f"dtype = {dtype!r}: must be 'auto', 'bfloat16' or 'float32'")
+    return name
+
+
 def _like(given: Any, result: jax.Array) -> Any:
-    """The result as a torch tensor if torch came in."""
+    """The result as a torch tensor, where the caller's tensor is, if torch came in."""
+    if isinstance(given, (list, tuple)) and given:
+        given = given[0]
     if not is_torch_tensor(given):
         return result
     import torch
 
-    tensor = torch.from_dlpack(result)
-    return tensor.to(torch.int64) if tensor.dtype == torch.int32 else tensor
+    platform = next(iter(result.devices())).platform
+    same_device = given.device.type == ("cuda" if platform == "gpu" else platform)
+    tensor = torch.from_dlpack(result) if same_device else torch.from_numpy(np.array(result))
+    return tensor.to(given.device, torch.int64 if tensor.dtype == torch.int32 else tensor.dtype)

@@ -242,8 +242,19 @@ def _require_room(ids: list[int], new_tokens: int | None, config: MiniMaxM3Confi
 def _load(args: argparse.Namespace) -> MiniMaxM3ForCausalLM:
     from minimax_jax import MiniMaxM3ForCausalLM
 
+    _require_device()
     with _memory_errors():
         return MiniMaxM3ForCausalLM.from_pretrained(args.model, dtype=args.dtype)
+
+
+def _require_device() -> None:
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX_PLATFORMS names a platform that this machine lacks
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"JAX found no device{f': {reason}' if reason else ''}; see JAX_PLATFORMS") from None
 
 
 def _generate(model: MiniMaxM3ForCausalLM, ids: list[int], args: argparse.Namespace, run: Run) -> None:

@@ -33,7 +33,7 @@ _PLAIN = (
     _REQUIRED
     + (
         "rms_norm_eps tie_word_embeddings max_position_embeddings shared_intermediate_size n_shared_experts "
-        "routed_scaling_factor swiglu_alpha swiglu_limit swiglu_beta bos_token_id"
+        "routed_scaling_factor swiglu_alpha swiglu_limit swiglu_beta"
     ).split()
 )
 _MOST_LAYERS = 10_000  # a default list of them is made before any other check
@@ -58,12 +58,17 @@ _FIXED = {
 }
 _TEXT_READ = {
     *_PLAIN, *_INDEX_KEYS, *_FIXED,
-    "model_type", "architectures", "eos_token_id", "sparse_attention_config", "moe_layer_freq", "layer_types",
-    "mlp_layer_types", "rope_theta", "rotary_dim", "partial_rotary_factor", "rope_parameters",
+    "model_type", "architectures", "eos_token_id", "bos_token_id", "sparse_attention_config", "moe_layer_freq",
+    "layer_types", "mlp_layer_types", "rope_theta", "rotary_dim", "partial_rotary_factor", "rope_parameters",
 }  # fmt: skip
 _OBJECTS = ("sparse_attention_config", "rope_parameters", "quantization_config")
 _TOP_OBJECTS = ("vision_config", "quantization_config", "img_token_compression_config")
-_TOP_READ = {"text_config", "vision_config", "model_type", "projector_hidden_size", "quantization_config"}
+# MiniMax-M3's document start and end of turn, which the vendor's config.json leaves to the tokenizer.
+_DEFAULT_BOS, _DEFAULT_EOS = 200034, 200020
+_TOP_READ = {
+    "text_config", "vision_config", "model_type", "projector_hidden_size", "quantization_config",
+    "eos_token_id", "bos_token_id",
+}  # fmt: skip
 
 
 def parse_config(config: Mapping[str, Any]) -> MiniMaxM3Config:
@@ -81,6 +86,9 @@ def parse_config(config: Mapping[str, Any]) -> MiniMaxM3Config:
             problems.append(f"{key} = {text[key]!r}: must be an integer >= 1")
         elif text[key] > (most := _MOST_LAYERS if key == "num_hidden_layers" else LARGEST_INT):
             problems.append(f"{key} = {text[key]!r}: must be at most {most}")
+    for key in ("eos_token_id", "bos_token_id"):
+        if wrapped and text.get(key) is None and config.get(key) is not None:
+            text[key] = config[key]
     _check_types(config, text, wrapped, problems)
     for key, allowed in _FIXED.items():
         if key in text and text[key] not in allowed:
@@ -92,9 +100,8 @@ def parse_config(config: Mapping[str, Any]) -> MiniMaxM3Config:
 
     fields: dict[str, Any] = {key: text[key] for key in _PLAIN if key in text}
     fields.setdefault("shared_intermediate_size", text["intermediate_size"])
-    fields["eos_token_id"] = _eos(text)
-    if "bos_token_id" in fields and not _in_vocabulary(fields["bos_token_id"], text["vocab_size"]):
-        fields["bos_token_id"] = None  # transformers' defaults (200034, 200020) reach small test vocabularies
+    fields["eos_token_id"] = _token_ids(text, "eos_token_id", _DEFAULT_EOS)
+    fields["bos_token_id"] = _token_ids(text, "bos_token_id", _DEFAULT_BOS)
     fields.update(_rope(text, problems))
     fields.update(_sparse_attention(text, problems))
     fields["mlp_layer_types"] = _layer_kinds(
@@ -132,17 +139,14 @@ def _check_types(config: Mapping[str, Any], text: Mapping[str, Any], wrapped: bo
             problems.append(f"{prefix}partial_rotary_factor = {factor!r}: must be a number in (0, 1]")
 
 
-def _in_vocabulary(token_id: Any, vocab_size: Any) -> bool:
-    return not isinstance(token_id, int) or not isinstance(vocab_size, int) or 0 <= token_id < vocab_size
-
-
-def _eos(text: Mapping[str, Any]) -> int | tuple[int, ...] | None:
-    eos = text.get("eos_token_id")
-    if isinstance(eos, (list, tuple)):
-        return tuple(eos)
-    if eos is None or eos == 200020:  # transformers' default, meaningless in a smaller vocabulary
-        return 200020 if isinstance(text["vocab_size"], int) and text["vocab_size"] > 200020 else None
-    return eos
+def _token_ids(text: Mapping[str, Any], key: str, default: int) -> Any:
+    """The configured id or ids, else MiniMax-M3's own where the vocabulary has it."""
+    value = text.get(key)
+    if isinstance(value, (list, tuple)):
+        return tuple(value)
+    if value is None or value == default:  # transformers writes the default into smaller vocabularies too
+        return default if text["vocab_size"] > default else None
+    return value
 
 
 def _rope(text: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -175,6 +179,11 @@ def _sparse_attention(text: Mapping[str, Any], problems: list[str]) -> dict[str,
             fields[flat] = sparse[vendor]
         elif flat in text:
             fields[flat] = text[flat]
+    if sparse.get("use_sparse_attention") and "sparse_attention_freq" not in sparse and not text.get("layer_types"):
+        problems.append(
+            "sparse_attention_config.sparse_attention_freq is missing: use_sparse_attention is true, "
+            "so a list of 0 and 1, one per layer, must say where"
+        )
     kinds = _layer_kinds(
         text, "layer_types", "sparse_attention_freq", sparse, FULL_ATTENTION, SPARSE_ATTENTION, problems
     )
@@ -234,8 +243,9 @@ def _vision(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | No
         *((f"vision_config.{name}", size) for name, size in sizes.items()),
         ("projector_hidden_size", projector),
     ):
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            problems.append(f"{key} = {size!r}: must be an integer >= 1")
+        most = _MOST_LAYERS if key.endswith("num_hidden_layers") else LARGEST_INT
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
+            problems.append(f"{key} = {size!r}: must be an integer from 1 to {most}")
     return VisionConfig(**sizes, projector_hidden_size=projector, raw=dict(raw))
 
 
@@ -263,6 +273,7 @@ def _plain_fields(config: MiniMaxM3Config) -> dict[str, Any]:
     fields = {key: getattr(config, key) for key in _PLAIN}
     eos = config.eos_token_id
     fields["eos_token_id"] = list(eos) if isinstance(eos, tuple) else eos
+    fields["bos_token_id"] = config.bos_token_id
     return fields
 
 

@@ -1,7 +1,7 @@
 """Every tensor of a MiniMax-M3 checkpoint: vendor name, shape, dtype, component.
 
-One table from which parameters are counted, checkpoints are checked and memory is estimated. Shapes are
-[out, in], as stored.
+From this table parameters are counted and memory is estimated, vision part included; which of the tensors make
+up the model's state is `minimax_jax.checkpoint.names`' matter. Shapes are [out, in], as stored.
 """
 
 from __future__ import annotations

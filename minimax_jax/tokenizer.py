@@ -18,6 +18,7 @@ from typing import Any
 import tokenizers
 
 from minimax_jax.chat import ChatTemplate
+from minimax_jax.paths import model_directory
 
 END_OF_TURN = "[e~["
 _TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -74,7 +75,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Tokenizer:
-        """Load the tokenizer of a local checkpoint folder.
+        """Load the tokenizer of a local checkpoint folder; "tiny" is the embedded one.
 
         Reads `tokenizer.json` (required); `generation_config.json`, `config.json` and `tokenizer_config.json` for the
         eos and bos ids; and the chat template from `chat_template.jinja`, else `tokenizer_config.json`.
@@ -83,9 +84,7 @@ class Tokenizer:
             FileNotFoundError: the folder or its `tokenizer.json` does not exist.
             ValueError: a file is there but cannot be read as what it should be; the message names it.
         """
-        directory = Path(directory)
-        if not directory.is_dir():
-            raise FileNotFoundError(f"directory: no folder at {directory}")
+        directory = model_directory(directory)
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"no tokenizer.json in {directory}")

@@ -69,7 +69,7 @@ def test_m3_fields():
         "index_block_size": 128, "index_topk_blocks": 16, "index_init_blocks": 0, "index_local_blocks": 1,
     }  # fmt: skip
     assert {name: getattr(config, name) for name in TEXT_FIELDS} == expected
-    assert (config.bos_token_id, config.eos_token_id, config.eos_token_ids) == (None, 200020, (200020,))
+    assert (config.bos_token_id, config.eos_token_id, config.eos_token_ids) == (200034, 200020, (200020,))
     assert config.vision == VisionConfig(1280, 5120, 32, 16, 3, 14, 2, 2, 6144)
     assert config.quantization is None and not config.is_mxfp8
     assert config.extra["num_mtp_modules"] == 7
@@ -170,7 +170,7 @@ def test_use_sparse_attention_false_makes_all_layers_dense():
 
 def test_the_bare_text_part_and_the_defaults():
     assert MiniMaxM3Config.from_dict(m3_config_json()["text_config"]) == MiniMaxM3Config.m3().replace(vision=None)
-    assert MiniMaxM3Config().replace(eos_token_id=200020) == MiniMaxM3Config.m3().replace(vision=None)
+    assert MiniMaxM3Config(bos_token_id=200034, eos_token_id=200020) == MiniMaxM3Config.m3().replace(vision=None)
 
 
 @pytest.mark.parametrize("source", [m3_config_json, m3_mxfp8_config_json])
@@ -256,7 +256,7 @@ def test_transformers_reads_what_we_write(transformers, name, tmp_path):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_we_read_what_transformers_writes(transformers, name, tmp_path):
-    config = SMALL[name]().replace(vision=None, eos_token_id=None)
+    config = SMALL[name]().replace(vision=None, eos_token_id=None, bos_token_id=None)
     text = transformers.MiniMaxM3VLTextConfig(**config.to_dict("transformers"), initializer_range=0.5)
     text.save_pretrained(tmp_path / "text")
     read = MiniMaxM3Config.from_pretrained(tmp_path / "text")
@@ -487,3 +487,26 @@ def test_no_file_raises_anything_but_a_config_error(form, data):
         again = MiniMaxM3Config.from_dict(config.to_dict(style))
         expected = config if style == "vendor" else config.replace(vision=None, quantization=again.quantization)
         assert again == expected
+
+
+def test_special_tokens_come_from_the_text_part_the_wrapper_or_the_model():
+    assert MiniMaxM3Config.m3().eos_token_ids == (200020,) and MiniMaxM3Config.m3().bos_token_id == 200034
+    config = m3_config_json() | {"eos_token_id": [200020, 200019], "bos_token_id": 200019}
+    assert MiniMaxM3Config.from_dict(config).eos_token_ids == (200020, 200019)
+    assert MiniMaxM3Config.from_dict(config).bos_token_id == 200019
+    config["text_config"]["eos_token_id"] = 5
+    assert MiniMaxM3Config.from_dict(config).eos_token_ids == (5,)
+
+
+def test_sparse_attention_must_say_where():
+    config = m3_config_json()
+    del config["text_config"]["sparse_attention_config"]["sparse_attention_freq"]
+    with pytest.raises(ConfigError, match=r"sparse_attention_freq is missing"):
+        MiniMaxM3Config.from_dict(config)
+
+
+def test_vision_sizes_are_bounded():
+    config = m3_config_json()
+    config["vision_config"]["num_hidden_layers"] = 10**30
+    with pytest.raises(ConfigError, match=r"vision_config\.num_hidden_layers = 10+: must be an integer from 1 to"):
+        MiniMaxM3Config.from_dict(config)

@@ -27,16 +27,18 @@ class PagedCaches:
     index: tuple[Float[Array, "P B Di"] | None, ...]
 
 
-def allocate_pages(config: MiniMaxM3Config, num_pages: int, dtype: DTypeLike) -> PagedCaches:
-    """Pools of `num_pages` pages of `index_block_size` tokens each."""
+def allocate_pages(
+    config: MiniMaxM3Config, num_pages: int, dtype: DTypeLike, device: jax.Device | jax.sharding.Sharding | None = None
+) -> PagedCaches:
+    """Pools of `num_pages` pages of `index_block_size` tokens each, on `device` (None: the default one)."""
     block_size = config.index_block_size
     kv_shape = (num_pages, config.num_key_value_heads, block_size, config.head_dim)
     index_shape = (num_pages, block_size, config.index_head_dim)
     layers = range(config.num_hidden_layers)
     return PagedCaches(
-        k=tuple(jnp.zeros(kv_shape, dtype) for _ in layers),
-        v=tuple(jnp.zeros(kv_shape, dtype) for _ in layers),
-        index=tuple(jnp.zeros(index_shape, dtype) if config.is_sparse(i) else None for i in layers),
+        k=tuple(jnp.zeros(kv_shape, dtype, device=device) for _ in layers),
+        v=tuple(jnp.zeros(kv_shape, dtype, device=device) for _ in layers),
+        index=tuple(jnp.zeros(index_shape, dtype, device=device) if config.is_sparse(i) else None for i in layers),
     )
 
 

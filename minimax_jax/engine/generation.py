@@ -50,6 +50,16 @@ def prefill_chunks(lengths: list[int], most: int) -> list[_Chunk]:
     return chunks + ([_Chunk(tuple(parts))] if parts else [])
 
 
+def block_tables(pages_of: list[int], rows: int) -> np.ndarray:
+    """[rows, N] tables in which each request owns pages of its own; entries without a page name page 0."""
+    tables = np.zeros((rows, bucket(max(pages_of))), np.int32)
+    first = 0
+    for request, pages in enumerate(pages_of):
+        tables[request, :pages] = np.arange(first, first + pages)
+        first += pages
+    return tables
+
+
 def generate_tokens(
     steps: Steps,
     leaves: list[jax.Array],
@@ -71,10 +81,9 @@ def generate_tokens(
     rows = bucket(num_rows)
     block_size = config.index_block_size
     # the last token is never written, so the longest context is one shorter than all tokens
-    longest = max(len(p) for p in prompts) + max_new_tokens - 1
-    width = bucket(-(-longest // block_size))
-    tables = np.arange(rows * width, dtype=np.int32).reshape(rows, width)
-    caches = allocate_pages(config, rows * width, cache_dtype)
+    pages_of = [-(-(len(p) + max_new_tokens - 1) // block_size) for p in prompts]
+    tables = block_tables(pages_of, rows)
+    caches = allocate_pages(config, bucket(sum(pages_of)), cache_dtype, leaves[0].sharding)
     sampling = sampling_state(seed, rows, options.temperature, options.top_p, options.top_k, config.vocab_size)
     static = {"greedy": options.greedy, "truncated": options.top_k > 0 or options.top_p < 1}
 

@@ -4,8 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from minimax_jax.paths import model_directory
+
+# Below this a division by the temperature is no float32 any more: the distribution is all on the likeliest token.
+COLDEST = 1e-30
+# Options of transformers that would change the tokens and are not served here -> the values that do nothing.
+_NOT_SERVED = {
+    "repetition_penalty": (None, 1.0),
+    "min_p": (None, 0.0),
+    "typical_p": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "num_beams": (None, 1),
+    "num_return_sequences": (None, 1),
+    "min_new_tokens": (None, 0),
+    "min_length": (None, 0),
+    "max_length": (None, 20),
+    "penalty_alpha": (None, 0.0),
+    "bad_words_ids": (None, []),
+    "suppress_tokens": (None, []),
+    "stop_strings": (None, []),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +41,7 @@ class GenerationConfig:
       temperature, top_p, top_k: of sampling; top_p 1.0 and top_k 0 switch these off.
       eos_token_id: ids that end a sequence.
       pad_token_id: what fills a row after its end; None for the first end-of-text id, or 0.
+      extra: other keys of the file, kept for `write`.
 
     Raises:
       ValueError: for values out of range; the message names the key and what is allowed.
@@ -30,6 +54,7 @@ class GenerationConfig:
     top_k: int = 0
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, hash=False)
 
     def __post_init__(self) -> None:
         def require(holds: bool, key: str, allowed: str) -> None:
@@ -47,26 +72,45 @@ class GenerationConfig:
     @property
     def greedy(self) -> bool:
         """Whether every token is the most likely one."""
-        return not self.do_sample or self.temperature == 0
+        return not self.do_sample or self.temperature < COLDEST
+
+    @property
+    def pad(self) -> int:
+        """What fills a row after its end."""
+        if self.pad_token_id is not None:
+            return self.pad_token_id
+        return self.eos_token_id[0] if self.eos_token_id else 0
 
     def override(self, **options: Any) -> GenerationConfig:
         """A copy in which every option that is not None replaces the default.
 
-        An `eos_token_id` may be one id or several.
+        Numbers may be NumPy scalars; `eos_token_id` may be one id or several in any container, or -1 for none.
         """
-        given = {key: value for key, value in options.items() if value is not None}
+        given = {key: _plain(value) for key, value in options.items() if value is not None}
         if "eos_token_id" in given:
-            given["eos_token_id"] = _ids(given["eos_token_id"])
+            ids = given["eos_token_id"]
+            ids = tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+            given["eos_token_id"] = () if ids == (-1,) else ids
         return dataclasses.replace(self, **given)
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises ValueError if an end-of-text or pad id is no token."""
+        for key, ids in (("eos_token_id", self.eos_token_id), ("pad_token_id", (self.pad_token_id or 0,))):
+            for token_id in ids:
+                if token_id >= vocab_size:
+                    raise ValueError(f"{key} = {token_id}: must be within 0..{vocab_size - 1}")
+
     @classmethod
-    def from_pretrained(cls, directory: Path, eos_token_ids: tuple[int, ...] = ()) -> GenerationConfig:
+    def from_pretrained(cls, directory: str | Path, eos_token_ids: tuple[int, ...] = ()) -> GenerationConfig:
         """Reads `directory/generation_config.json`; `eos_token_ids` stand in where it names none.
 
+        Warns of options in it that change tokens and are not served.
+
         Raises:
+          FileNotFoundError: if there is no such directory.
           ValueError: if the file is not a JSON object or holds impossible values.
         """
-        path = directory / "generation_config.json"
+        path = model_directory(directory) / "generation_config.json"
         values: dict[str, Any] = {}
         if path.is_file():
             try:
@@ -75,9 +119,12 @@ class GenerationConfig:
                 raise ValueError(f"{path}: not valid JSON ({error})") from None
             if not isinstance(values, dict):
                 raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
-        known = {field.name for field in dataclasses.fields(cls)}
+        known = {field.name for field in dataclasses.fields(cls)} - {"extra"}
+        ignored = [key for key, neutral in _NOT_SERVED.items() if values.get(key) not in neutral]
+        if ignored:
+            warnings.warn(f"{path}: {', '.join(ignored)} will be ignored (not served by generate)", stacklevel=2)
         try:
-            defaults = cls(eos_token_id=eos_token_ids)
+            defaults = cls(eos_token_id=eos_token_ids, extra={k: v for k, v in values.items() if k not in known})
             return defaults.override(**{key: value for key, value in values.items() if key in known})
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
@@ -88,18 +135,24 @@ class GenerationConfig:
         path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a generation_config.json, unset values left out."""
-        values = dataclasses.asdict(self)
-        values["eos_token_id"] = list(self.eos_token_id)
-        return {key: value for key, value in values.items() if value not in (None, [])}
+        """The content of a generation_config.json; what only repeats a default is left out."""
+        values = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "extra" and getattr(self, field.name) != field.default
+        }
+        if self.eos_token_id:
+            values["eos_token_id"] = list(self.eos_token_id)
+        return {**self.extra, **values}
 
 
-def _ids(value: Any) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+def _plain(value: Any) -> Any:
+    """NumPy, JAX and torch scalars and arrays as Python numbers and lists."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _is_int(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
 
 
 def _is_number(value: Any) -> bool:

@@ -30,7 +30,9 @@ def sampling_state(
 ) -> SamplingState:
     """State for `num_rows` rows; row r draws from stream r of the seed."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(num_rows))
-    return SamplingState(jnp.float32(temperature), jnp.float32(top_p), jnp.int32(top_k if top_k else vocab_size), keys)
+    return SamplingState(
+        jnp.float32(temperature), jnp.float32(top_p), jnp.int32(min(top_k, vocab_size) if top_k else vocab_size), keys
+    )
 
 
 def pick_tokens(
@@ -46,7 +48,7 @@ def pick_tokens(
     """
     if greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    scaled = logits / state.temperature
+    scaled = (logits - logits.max(axis=-1, keepdims=True)) / state.temperature  # finite at the top, however cold
     if truncated:
         scaled = jnp.where(_kept(scaled, state.top_k, state.top_p), scaled, -jnp.inf)
     keys = jax.vmap(jax.random.fold_in)(state.keys, positions)
@@ -64,7 +66,8 @@ def _kept(scaled: Float[Array, "R V"], top_k: Int[Array, ""], top_p: Float[Array
     within_k = jnp.arange(scaled.shape[-1]) < top_k
     probabilities = jax.nn.softmax(jnp.where(within_k, ranked, -jnp.inf), axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # the likeliest token has nothing before it, so it is always kept; rounding must cut nothing at top_p = 1
-    kept_ranked = within_k & ((before < top_p) | (top_p >= 1))
+    likeliest = jnp.arange(scaled.shape[-1]) == 0
+    # the likeliest token stays however small top_p is; rounding must cut nothing at top_p = 1
+    kept_ranked = within_k & ((before < top_p) | (top_p >= 1) | likeliest)
     rows = jnp.arange(scaled.shape[0])[:, None]
     return jnp.zeros(scaled.shape, bool).at[rows, order].set(kept_ranked)

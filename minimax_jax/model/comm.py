@@ -11,8 +11,12 @@ class Comm:
     A parallel layout passes a subclass beside `attend`; the modules stay the same.
     """
 
+    def lookup(self, table: Float[Array, "V H"], input_ids: Int[Array, "T"]) -> Float[Array, "T H"]:
+        """Rows of the embedding table, which may be split by vocabulary."""
+        return table[input_ids]
+
     def sum_tensor(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
-        """Sums partial results over tensor ranks (after o_proj, down_proj and a split embedding)."""
+        """Sums partial results over tensor ranks (after o_proj and down_proj)."""
         return x
 
     def gather_vocab(self, logits: Float[Array, "T V"]) -> Float[Array, "T V"]:

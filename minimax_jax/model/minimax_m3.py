@@ -41,7 +41,8 @@ class MiniMaxM3(nnx.Module):
     """Embedding, decoder layers and head over flat tokens; no cache, no host state, no device choice.
 
     `embed`, `run_layers` and `head` are separate so that callers can splice in between. Matrices live in
-    `dtype` (bfloat16 or float32), routers in float32, logits come in float32.
+    `dtype` (bfloat16 or float32), routers in float32, logits come in float32. Sizes are those of the config that
+    is given: a rank that holds a part of the heads or experts passes a config with its own counts.
     """
 
     def __init__(self, config: MiniMaxM3Config, *, dtype: DTypeLike = jnp.bfloat16, rngs: nnx.Rngs):
@@ -52,9 +53,9 @@ class MiniMaxM3(nnx.Module):
             self.lm_head = nnx.Param(normal_init(rngs.params(), (config.hidden_size, config.vocab_size), dtype))
         self.config = config
 
-    def embed(self, input_ids: Int[Array, "T"]) -> Float[Array, "T H"]:
+    def embed(self, input_ids: Int[Array, "T"], comm: Comm = SINGLE_DEVICE) -> Float[Array, "T H"]:
         """Token embeddings."""
-        return self.embed_tokens[...][input_ids]
+        return comm.lookup(self.embed_tokens[...], input_ids)
 
     def run_layers(
         self, hidden: Float[Array, "T H"], positions: Int[Array, "T"], attend: Attend, comm: Comm = SINGLE_DEVICE
@@ -73,7 +74,7 @@ class MiniMaxM3(nnx.Module):
     def __call__(
         self, input_ids: Int[Array, "T"], positions: Int[Array, "T"], attend: Attend, comm: Comm = SINGLE_DEVICE
     ) -> Float[Array, "T V"]:
-        return self.head(self.run_layers(self.embed(input_ids), positions, attend, comm), comm)
+        return self.head(self.run_layers(self.embed(input_ids, comm), positions, attend, comm), comm)
 
 
 State = dict[str, jax.Array]

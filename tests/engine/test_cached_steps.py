@@ -8,7 +8,7 @@ from small_models import random_prompt, small_model
 
 from minimax_jax.attention import TracedAttend
 from minimax_jax.cache import allocate_pages, bytes_per_token
-from minimax_jax.engine.generation import generate_tokens, prefill_chunks
+from minimax_jax.engine.generation import block_tables, generate_tokens, prefill_chunks
 from minimax_jax.engine.sampler import sampling_state
 from minimax_jax.engine.steps import DecodeState
 from minimax_jax.model import merge_model, split_model
@@ -88,6 +88,13 @@ def test_chunked_prefill_equals_prefill_in_one_step(model, most):
         return np.stack(list(stream)).tolist()
 
     assert tokens(most) == tokens(8192)
+
+
+def test_requests_own_their_pages_and_no_more():
+    tables = block_tables([3, 1, 2], 4)
+    owned = [tables[0, :3], tables[1, :1], tables[2, :2]]
+    assert np.concatenate(owned).tolist() == list(range(6))
+    assert tables.shape == (4, 4) and tables.max() == 5
 
 
 def test_prefill_chunks_cover_every_token_once():

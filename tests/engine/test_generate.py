@@ -77,7 +77,8 @@ def test_a_row_samples_by_seed_row_and_position_alone(model):
 def test_inputs_of_every_kind_give_the_same_tokens(model):
     prompt = random_prompt(6)
     expected = np.asarray(model.generate([prompt], max_new_tokens=4)).tolist()
-    for ids in (prompt, np.array(prompt), np.array([prompt], np.int64), jax.numpy.array([prompt]), (tuple(prompt),)):
+    kinds = (prompt, np.array(prompt), np.array([prompt], np.int64), jax.numpy.array([prompt]), (tuple(prompt),))
+    for ids in (*kinds, [np.array(prompt)], [jax.numpy.array(prompt)]):
         result = model.generate(ids, max_new_tokens=4)
         assert isinstance(result, jax.Array) and np.asarray(result).tolist() == expected
 
@@ -88,8 +89,10 @@ def test_torch_in_gives_torch_out(model):
     result = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4)
     assert isinstance(result, torch.Tensor) and result.dtype == torch.int64
     assert result.tolist() == np.asarray(model.generate([random_prompt(6)], max_new_tokens=4)).tolist()
-    logits = model(ids).logits
-    assert isinstance(logits, torch.Tensor) and logits.shape == (1, 6, VOCAB)
+    logits = model(ids, torch.ones(1, 6)).logits
+    assert isinstance(logits, torch.Tensor) and logits.shape == (1, 6, VOCAB) and logits.device == ids.device
+    rows = [torch.tensor(random_prompt(6)), torch.tensor(random_prompt(4))]
+    assert isinstance(model.generate(rows, max_new_tokens=2), torch.Tensor)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +115,14 @@ def test_torch_in_gives_torch_out(model):
         ({"input_ids": [[1]], "temperature": -1.0}, "temperature = -1.0"),
         ({"input_ids": [[1]], "top_p": 0.0}, "top_p = 0.0"),
         ({"input_ids": [[1]], "top_k": -2}, "top_k = -2"),
+        ({"input_ids": [[1]], "top_k": 2**40}, "top_k = 1099511627776"),
+        ({"input_ids": [[1]], "seed": 2**32}, "seed = 4294967296"),
+        ({"input_ids": [[1]], "seed": -1}, "seed = -1"),
+        ({"input_ids": [[1]], "eos_token_id": VOCAB}, f"eos_token_id = {VOCAB}: must be within"),
+        ({"input_ids": [[5], [6, 7], 8]}, "input_ids mixes ids and prompts"),
+        ({"input_ids": [[5], [[6]]]}, r"input_ids\[1\] has shape"),
+        ({"input_ids": [[1, 2]], "attention_mask": [[1, 2]]}, "attention_mask holds other values"),
+        ({"input_ids": [[1, 2], [3]], "attention_mask": [[1, 1], [1, 0]]}, "prompts of different lengths"),
     ],
 )
 def test_bad_arguments_are_named(model, arguments, message):
@@ -156,6 +167,77 @@ def test_bad_generation_config_files_name_the_file(tmp_path):
     assert (read.eos_token_id, read.top_p, read.temperature) == ((7,), 0.9, 0.5)
     read.write(tmp_path)
     assert GenerationConfig.from_pretrained(tmp_path) == read
+
+
+def test_the_prompt_comes_back_as_it_was_given(model):
+    ids, mask = np.array([[90, 90, 5, 6]]), np.array([[0, 0, 1, 1]])
+    assert np.asarray(model.generate(ids, mask, max_new_tokens=2))[0, :4].tolist() == [90, 90, 5, 6]
+    ragged = np.asarray(model.generate([[5, 6], [7, 8, 9]], max_new_tokens=2, eos_token_id=77))
+    assert ragged[0, :3].tolist() == [5, 6, 77] and ragged[1, :3].tolist() == [7, 8, 9]
+
+
+def test_the_streamer_is_ended_when_a_step_fails(model, monkeypatch):
+    class Failing(Recorder):
+        def put(self, value):
+            super().put(value)
+            if len(self.calls) == 3:
+                raise KeyboardInterrupt
+
+    failing = Failing()
+    with pytest.raises(KeyboardInterrupt):
+        model.generate([random_prompt(9)], max_new_tokens=6, streamer=failing)
+    assert failing.ended == 1
+
+
+def test_options_may_be_numpy_scalars_and_arrays(model):
+    options = {"max_new_tokens": np.int64(3), "temperature": np.float32(0.5), "do_sample": True, "top_k": np.int32(3)}
+    expected = {"max_new_tokens": 3, "temperature": 0.5, "do_sample": True, "top_k": 3}
+    prompt = [random_prompt(5)]
+    got = np.asarray(model.generate(prompt, **options, seed=np.int64(2), eos_token_id=np.array([93, 94])))
+    assert np.array_equal(got, np.asarray(model.generate(prompt, **expected, seed=2, eos_token_id=[93, 94])))
+    assert GenerationConfig(eos_token_id=(3,)).override(eos_token_id=-1).eos_token_id == ()
+    assert GenerationConfig(eos_token_id=(3,)).override(eos_token_id=[-1]).eos_token_id == ()
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1e-39}, {"temperature": 1e-29}, {"top_p": 1e-300}])
+def test_extreme_sampling_is_greedy(model, options):
+    prompt = [random_prompt(8)]
+    greedy = np.asarray(model.generate(prompt, max_new_tokens=5, do_sample=False))
+    assert np.array_equal(np.asarray(model.generate(prompt, max_new_tokens=5, do_sample=True, **options)), greedy)
+
+
+def test_generation_config_keeps_other_keys_and_warns_of_what_is_not_served(tmp_path):
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"eos_token_id": 7, "transformers_version": "5", "repetition_penalty": 1.3, "min_p": null}')
+    with pytest.warns(UserWarning, match="repetition_penalty will be ignored"):
+        read = GenerationConfig.from_pretrained(tmp_path)
+    assert read.to_dict() == {
+        "eos_token_id": [7], "transformers_version": "5", "repetition_penalty": 1.3, "min_p": None,
+    }  # fmt: skip
+    assert GenerationConfig.from_pretrained("tiny").top_k == 40
+
+
+def test_dtypes_in_every_spelling(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model.save_pretrained("~/m")
+    spellings = ["bfloat16", jax.numpy.bfloat16, jax.numpy.dtype("bfloat16")]
+    try:
+        import torch
+
+        spellings.append(torch.bfloat16)
+    except ModuleNotFoundError:
+        pass
+    for dtype in spellings:
+        assert MiniMaxM3ForCausalLM.from_pretrained(tmp_path / "m", dtype=dtype).dtype == jax.numpy.bfloat16
+    for device in (jax.devices("cpu")[0], jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])):
+        assert MiniMaxM3ForCausalLM.from_pretrained(tmp_path / "m", device=device).dtype == np.float32
+
+
+def test_an_end_token_outside_the_vocabulary_is_refused_at_load(model, tmp_path):
+    model.save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").write_text('{"eos_token_id": 9999}')
+    with pytest.raises(ValueError, match=f"eos_token_id = 9999: must be within 0..{VOCAB - 1}"):
+        MiniMaxM3ForCausalLM.from_pretrained(tmp_path / "m")
 
 
 @pytest.mark.parametrize("style", ["transformers", "vendor"])

@@ -203,3 +203,11 @@ def test_mxfp8_dequantisation_of_every_byte():
             np.testing.assert_array_equal(result, exact)
     w = mk.Mxfp8(jnp.asarray(matrix), jnp.asarray(scales))
     assert w.shape == (32, 256) and w.ndim == 2
+
+
+def test_nan_scores_are_selected_and_leave_the_forced_blocks():
+    """A broken index branch must not look like a shorter context."""
+    scores = jnp.array([[[0.5, jnp.nan, 0.1, 0.2, -jnp.inf]]])
+    batch = mk.Batch(jnp.zeros((1, 5), jnp.int32), jnp.array([0, 1]), jnp.array([60]))
+    selected = mk.select_blocks(scores, batch, topk=2)
+    assert sorted(selected[0, 0].tolist()) == [1, 3]  # the NaN and the local block

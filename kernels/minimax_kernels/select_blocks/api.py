@@ -24,7 +24,7 @@ def select_blocks(
     """Picks, for each token and index head, the `topk` best visible blocks.
 
     The first `init_blocks` blocks and the last `local_blocks` up to the token's own are always taken and
-    count inside `topk`. Of equal scores the lower block id wins.
+    count inside `topk`. Of equal scores the lower block id wins; NaN ranks above every number.
 
     Args:
       scores: from `index_score`; -inf marks what a token cannot see.

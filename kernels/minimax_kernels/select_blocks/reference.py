@@ -15,11 +15,11 @@ def select_blocks(
     """See `minimax_kernels.select_blocks`."""
     num_tokens, num_blocks = scores.shape[1:]
     live = jnp.arange(num_tokens) < batch.query_starts[-1]
-    visible = (scores > -jnp.inf) & live[:, None]
+    visible = (scores != -jnp.inf) & live[:, None]  # a NaN score is visible, and the highest, as in torch
     blocks = jnp.arange(num_blocks)
     local = visible.sum(axis=-1, keepdims=True) - 1  # the visible blocks of a token are 0 .. its own
     forced = visible & ((blocks < init_blocks) | (blocks > local - local_blocks))
     keys = jnp.where(forced, jnp.inf, jnp.where(visible, scores, -jnp.inf))
     best, ids = jax.lax.top_k(keys, min(topk, num_blocks))  # of equal scores the lower id comes first
-    ids = jnp.where(best > -jnp.inf, ids, -1).astype(jnp.int32)
+    ids = jnp.where(best != -jnp.inf, ids, -1).astype(jnp.int32)
     return jnp.pad(ids, ((0, 0), (0, 0), (0, topk - ids.shape[-1])), constant_values=-1)
