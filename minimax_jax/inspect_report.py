@@ -83,9 +83,6 @@ class InspectReport:
         if self.check is None:
             return {}
         c = self.check
-        values = tuple(
-            f"{name}: {n.nan} NaN and {n.inf} infinite of {n.size} values" for name, n in c.non_finite.items()
-        )
         kinds = {
             "files": c.bad_files,
             "missing": c.missing,
@@ -93,7 +90,7 @@ class InspectReport:
             "wrong shape": c.misshapen,
             "wrong dtype": c.wrong_dtype,
             "conflicting": c.conflicting,
-            "not finite": values,
+            "not finite": c.non_finite_lines,
         }
         return {kind: lines for kind, lines in kinds.items() if lines}
 

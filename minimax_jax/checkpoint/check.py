@@ -60,14 +60,18 @@ class CheckReport:
     values_read: bool
 
     @property
-    def problems(self) -> tuple[str, ...]:
-        """Every complaint, one line each."""
-        values = tuple(
+    def non_finite_lines(self) -> tuple[str, ...]:
+        """One line for each tensor with NaN or infinite values."""
+        return tuple(
             f"{name}: {found.nan} NaN and {found.inf} infinite of {found.size} values"
             for name, found in self.non_finite.items()
         )
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Every complaint, one line each."""
         named = (*self.missing, *self.misshapen, *self.wrong_dtype, *self.conflicting, *self.extra)
-        return (*self.bad_files, *named, *values)
+        return (*self.bad_files, *named, *self.non_finite_lines)
 
     @property
     def ok(self) -> bool:
