@@ -65,7 +65,7 @@ class GenerationConfig:
         require(isinstance(self.do_sample, bool), "do_sample", "true or false")
         require(_is_number(self.temperature) and self.temperature >= 0, "temperature", "a number >= 0 (0 is greedy)")
         require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number in (0, 1]")
-        require(_is_int(self.top_k, 0), "top_k", "an integer >= 0 (0 switches it off)")
+        require(_is_int(self.top_k, 0), "top_k", "an integer within 0..2147483647 (0 switches it off)")
         require(all(_is_int(i, 0) for i in self.eos_token_id), "eos_token_id", "token ids >= 0")
         require(self.pad_token_id is None or _is_int(self.pad_token_id, 0), "pad_token_id", "a token id >= 0")
 
