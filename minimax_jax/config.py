@@ -73,7 +73,7 @@ class MiniMaxM3Config:
     index_topk_blocks: int = 16
     index_init_blocks: int = 0
     index_local_blocks: int = 1
-    bos_token_id: int | None = None  # None in both: nothing of the kind; files give 200034 and 200020
+    bos_token_id: int | None = None  # read from a file, these two default to 200034 and 200020 where they exist
     eos_token_id: int | tuple[int, ...] | None = None
     vision: VisionConfig | None = None
     quantization: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)

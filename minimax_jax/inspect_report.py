@@ -11,7 +11,14 @@ from typing import Any
 from minimax_jax.checkpoint.check import CheckReport, check_checkpoint
 from minimax_jax.config import ConfigError, MiniMaxM3Config
 from minimax_jax.paths import model_directory
-from minimax_jax.tensor_table import MXFP8_BLOCK, TensorSpec, active_parameters, count_parameters, tensor_table
+from minimax_jax.tensor_table import (
+    MXFP8_BLOCK,
+    TensorSpec,
+    active_parameters,
+    cache_bytes_per_token,
+    count_parameters,
+    tensor_table,
+)
 
 PRESETS: dict[str, Callable[[], MiniMaxM3Config]] = {
     "m3": MiniMaxM3Config.m3,
@@ -21,7 +28,6 @@ TENSOR_RANKS = (1, 2, 4, 8)
 _NOT_TEXT = ("vision tower", "projector")
 _VOCABULARY = ("embedding", "head")
 _REPLICATED = ("norms", "routers")
-_CACHE_ITEMSIZE = 2  # caches are bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,13 +156,11 @@ def device_memory(config: MiniMaxM3Config, tensor_ranks: int) -> DeviceMemory:
     if problem:
         return DeviceMemory(tensor_ranks, 0, None, 0, problem)
     kv_heads = max(1, config.num_key_value_heads // tensor_ranks)
-    sparse_layers = sum(config.is_sparse(i) for i in range(config.num_hidden_layers))
-    cache = 2 * config.num_hidden_layers * kv_heads * config.head_dim + sparse_layers * config.index_head_dim
     return DeviceMemory(
         tensor_ranks,
         _weight_bytes(config.replace(quantization=None), tensor_ranks),
         _weight_bytes(config, tensor_ranks) if config.is_mxfp8 else None,
-        cache * _CACHE_ITEMSIZE,
+        cache_bytes_per_token(config, kv_heads),
     )
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from minimax_jax.config import MiniMaxM3Config
+from minimax_kernels import Batch, select_blocks
 
 
 class TrainingAttend:
@@ -96,13 +97,17 @@ class TrainingAttend:
 
     def _selected(self, block_scores):
         """Which blocks each query attends to, [Hi, C, blocks] bool."""
-        visible = block_scores > -jnp.inf
         if self.mode == "dense":
-            return visible
-        c = self.config
-        blocks = jnp.arange(block_scores.shape[-1])
-        own = visible.sum(axis=-1, keepdims=True) - 1
-        forced = visible & ((blocks < c.index_init_blocks) | (blocks > own - c.index_local_blocks))
-        keys = jnp.where(forced, jnp.inf, block_scores)
-        _, ids = jax.lax.top_k(keys, min(c.index_topk_blocks, blocks.size))
-        return (ids[..., None] == blocks).any(axis=-2) & visible
+            return block_scores > -jnp.inf
+        c, blocks = self.config, jnp.arange(block_scores.shape[-1])
+        queries = jnp.array([0, block_scores.shape[1]], jnp.int32)
+        batch = Batch(blocks[None], queries, jnp.array([self.length], jnp.int32))
+        ids = select_blocks(
+            block_scores,
+            batch,
+            topk=c.index_topk_blocks,
+            init_blocks=c.index_init_blocks,
+            local_blocks=c.index_local_blocks,
+            impl="reference",
+        )
+        return (ids[..., None] == blocks).any(axis=-2)

@@ -4,8 +4,10 @@
 Three phases, as MSA's training has them: dense attention on short windows; dense attention on long windows
 while the index branch learns the main branch's attention per block; then sparse attention. Next-token loss
 throughout, experts balanced by the selection bias, AdamW from optax. Data comes from scripts/tiny_corpus.py.
+The embedded checkpoint was made by
 
-    python scripts/tiny_corpus.py && python scripts/train_tiny.py --out trained_tiny
+    python scripts/tiny_corpus.py
+    python scripts/train_tiny.py --out trained_tiny --dense-steps 7000 --warmup-steps 220 --sparse-steps 260
 """
 
 from __future__ import annotations

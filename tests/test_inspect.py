@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from minimax_jax.cache.pages import bytes_per_token
 from minimax_jax.cli import main
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.inspect_report import TENSOR_RANKS, components, device_memory, inspect_model
 from minimax_jax.inspect_text import format_bytes, render_text, table
 from minimax_jax.paths import model_directory
-from minimax_jax.tensor_table import tensor_table
+from minimax_jax.tensor_table import cache_bytes_per_token, tensor_table
 
 BODY = "language_model.model."
 M3 = MiniMaxM3Config.m3()
@@ -90,7 +89,7 @@ def test_mxfp8_weights_as_stored_and_dequantised(ranks):
 
 def test_cache_of_m3():
     rows = {ranks: device_memory(M3, ranks).cache_bytes_per_token for ranks in TENSOR_RANKS}
-    assert rows[1] == bytes_per_token(M3) == 122_880 + 14_592
+    assert rows[1] == cache_bytes_per_token(M3) == 122_880 + 14_592
     assert rows[2] == 61_440 + 14_592 and rows[4] == 30_720 + 14_592  # index keys are on every rank
     assert rows[8] == rows[4]  # 4 KV heads split four ways at most
 

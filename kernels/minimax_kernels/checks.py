@@ -41,6 +41,18 @@ def check_multiple(name: str, value: int, divisor_name: str, divisor: int) -> No
         raise ValueError(f"{name} = {value}: must be a multiple of {divisor_name} = {divisor}")
 
 
+def check_selection(topk: int, init_blocks: int, local_blocks: int) -> None:
+    """The options of block selection."""
+    check_positive("topk", topk)
+    check_positive("init_blocks", init_blocks, 0)
+    check_positive("local_blocks", local_blocks, 0)
+    if init_blocks + local_blocks > topk:
+        raise ValueError(
+            f"topk = {topk}: must be at least init_blocks + local_blocks = {init_blocks + local_blocks}, "
+            "which count inside it"
+        )
+
+
 def check_int(name: str, x: jax.Array) -> None:
     """Tables, lengths and selections are integers."""
     if not jnp.issubdtype(x.dtype, jnp.integer):

@@ -40,10 +40,3 @@ def allocate_pages(
         v=tuple(jnp.zeros(kv_shape, dtype, device=device) for _ in layers),
         index=tuple(jnp.zeros(index_shape, dtype, device=device) if config.is_sparse(i) else None for i in layers),
     )
-
-
-def bytes_per_token(config: MiniMaxM3Config, itemsize: int = 2) -> int:
-    """Cache bytes that one token of context takes over all layers."""
-    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    index = sum(config.is_sparse(i) for i in range(config.num_hidden_layers)) * config.index_head_dim
-    return (kv + index) * itemsize

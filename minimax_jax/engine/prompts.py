@@ -63,11 +63,13 @@ def read_prompts(input_ids: Any, attention_mask: Any, *, vocab_size: int, max_le
     return Prompts(tokens, np.clip(padded, int32.min, int32.max).astype(np.int32), kept)
 
 
+def _host_array(value: Any) -> np.ndarray:
+    return np.asarray(value.detach().cpu().numpy() if is_torch_tensor(value) else value)
+
+
 def _to_numpy(name: str, value: Any) -> np.ndarray:
-    if is_torch_tensor(value):
-        value = value.detach().cpu().numpy()
     try:
-        array = np.asarray(value)
+        array = _host_array(value)
     except ValueError:  # NumPy on nested lists of different lengths
         raise ValueError(f"{name}: must be integers in rows, one level of nesting") from None
     if array.size == 0:
@@ -107,7 +109,7 @@ def _pad_rows(rows: list[np.ndarray], pad: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def _read_mask(attention_mask: Any, shape: tuple[int, ...]) -> np.ndarray:
-    mask = attention_mask.detach().cpu().numpy() if is_torch_tensor(attention_mask) else np.asarray(attention_mask)
+    mask = _host_array(attention_mask)
     if mask.ndim == 1:
         mask = mask[None]
     if mask.shape != shape:

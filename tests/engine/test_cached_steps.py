@@ -7,11 +7,12 @@ import pytest
 from small_models import random_prompt, small_model
 
 from minimax_jax.attention import TracedAttend
-from minimax_jax.cache import allocate_pages, bytes_per_token
+from minimax_jax.cache import allocate_pages
 from minimax_jax.engine.generation import block_tables, generate_tokens, prefill_chunks
 from minimax_jax.engine.sampler import sampling_state
 from minimax_jax.engine.steps import DecodeState
 from minimax_jax.model import merge_model, split_model
+from minimax_jax.tensor_table import cache_bytes_per_token
 from minimax_kernels import Batch
 
 
@@ -145,4 +146,4 @@ def test_rows_of_padding_write_nothing(model):
 def test_bytes_per_token_counts_the_pools(model):
     pools = allocate_pages(model.config, 3, jnp.bfloat16)
     held = sum(pool.nbytes for pool in jax.tree.leaves(pools))
-    assert held == 3 * model.config.index_block_size * bytes_per_token(model.config)
+    assert held == 3 * model.config.index_block_size * cache_bytes_per_token(model.config)

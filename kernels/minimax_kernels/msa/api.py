@@ -48,11 +48,7 @@ def msa(
     if kv_heads % index_heads and index_heads % kv_heads:
         raise ValueError(f"idx_q's Hi = {index_heads}: must divide k_cache's Hkv = {kv_heads}, or be a multiple of it")
     checks.check_multiple("q's Hq", q.shape[1], "idx_q's Hi", index_heads)
-    checks.check_positive("topk", topk)
-    checks.check_positive("init_blocks", init_blocks, 0)
-    checks.check_positive("local_blocks", local_blocks, 0)
-    if init_blocks + local_blocks > topk:
-        raise ValueError(f"topk = {topk}: must be at least init_blocks + local_blocks = {init_blocks + local_blocks}")
+    checks.check_selection(topk, init_blocks, local_blocks)
     return dispatch(
         "msa",
         _IMPLEMENTATIONS,

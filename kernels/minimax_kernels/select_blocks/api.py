@@ -39,14 +39,7 @@ def select_blocks(
     """
     checks.check_rank("scores", scores, "[Hi, T, N]")
     checks.check_float("scores", scores)
-    checks.check_positive("topk", topk)
-    checks.check_positive("init_blocks", init_blocks, 0)
-    checks.check_positive("local_blocks", local_blocks, 0)
-    if init_blocks + local_blocks > topk:
-        raise ValueError(
-            f"topk = {topk}: must be at least init_blocks + local_blocks = {init_blocks + local_blocks}, "
-            "which count inside it"
-        )
+    checks.check_selection(topk, init_blocks, local_blocks)
     checks.check_extent("scores", "N", scores.shape[2], batch.num_blocks, "in batch.block_tables")
     return dispatch(
         "select_blocks",
