@@ -17,7 +17,7 @@ def draw(means: Sequence[Mean], title: str, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    groups = list(dict.fromkeys(mean.group for mean in means))
+    groups = list(dict.fromkeys(mean.group for mean in means if "batch 64" not in mean.group))
     columns = min(4, len(groups))
     rows = -(-len(groups) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.4 * rows), squeeze=False)

@@ -26,6 +26,7 @@ import jax  # noqa: E402
 from benchmarks import measure  # noqa: E402
 from benchmarks.bench_run import run_bench  # noqa: E402
 from benchmarks.cases import DECODE_OPS, HEADS, PREFILL_OPS  # noqa: E402
+from benchmarks.parity.run import OPS, run_parity  # noqa: E402
 
 BENCH_OPS = tuple(dict.fromkeys((*PREFILL_OPS, *DECODE_OPS)))
 QUICK_CASES = 4
@@ -42,6 +43,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--limit-s", type=float, default=540, help="seconds for everything; what is left out is said (default: 540)"
     )
+    parity = parser.add_argument_group("parity")
+    parity.add_argument("--ops", type=_names(OPS), default=OPS, help=f"of {', '.join(OPS)} (default: all)")
+    parity.add_argument("--small", action="store_true", help="small shapes: CPU (always there), compute-sanitizer")
     bench = parser.add_argument_group("benchmark")
     bench.add_argument("--bench", choices=("prefill", "decode"), help="one phase")
     bench.add_argument("--bench-ops", type=_names(BENCH_OPS), default=(), help=f"of {', '.join(BENCH_OPS)}")
@@ -92,8 +96,18 @@ def main() -> int:
     args = arguments()
     deadline = START + args.limit_s
     say(f"jax {jax.__version__} on {jax.devices()[0].device_kind}")
-    print(bench(args, deadline))
-    return 0
+    tables, fine = [], True
+    if args.only != "bench":
+        small = args.small or jax.default_backend() == "cpu"
+        share = 1.0 if args.only else 0.5  # of the time, when the benchmark follows
+        fine, table = run_parity(
+            args.impl, args.ops, args.out, START + share * args.limit_s, say, quick=args.quick, small=small
+        )
+        tables.append(table)
+    if args.only != "parity":
+        tables.append(bench(args, deadline))
+    print("\n" + "\n\n".join(tables))
+    return 0 if fine else 1
 
 
 if __name__ == "__main__":
