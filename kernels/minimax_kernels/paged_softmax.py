@@ -18,12 +18,11 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from minimax_kernels.batch import Batch
+from minimax_kernels.exponential import LOG2_E, exp2_scaled
 from minimax_kernels.launch_table import AttendLaunch
 from minimax_kernels.merge_partials import merge_partials
 from minimax_kernels.ragged_tiles import locate_tile, num_tiles
 from minimax_kernels.triton_call import ceil_div, next_power_of_two, triton_call
-
-LOG2_E = 1.4426950408889634
 
 
 def attend_pages(
@@ -54,7 +53,7 @@ def attend_pages(
         "block_size": block_size, "tile": tile, "rows_per_token": rows_per_token, "kv_share": groups // num_kv_heads,
         "rows": max(16, next_power_of_two(tile * rows_per_token)), "blocks": blocks,
         "blocks_per_program": launch.blocks_per_program, "keys_per_step": min(launch.keys_per_step, block_size),
-        "scale": scale * LOG2_E, "is_dense": selected is None, "splits": splits,
+        "scale": scale * LOG2_E, "is_dense": selected is None, "splits": splits, "interpret": interpret,
     }  # fmt: skip
     args = [q, k_cache, v_cache, batch.block_tables, batch.query_starts, batch.kv_lens]
     if selected is not None:
@@ -91,7 +90,7 @@ def attend_pages(
 
 def _attend_kernel(
     *refs: Any, num_tokens, num_requests, num_blocks, block_size, tile, rows_per_token, kv_share, rows, blocks,
-    blocks_per_program, keys_per_step, scale, is_dense, splits, fresh, has_out,
+    blocks_per_program, keys_per_step, scale, is_dense, splits, fresh, has_out, interpret,
 ):  # fmt: skip
     q_ref, k_ref, v_ref, tables_ref, starts_ref, kv_lens_ref, *refs = refs  # type: ignore[assignment]
     selected_ref = None if is_dense else refs.pop(0)
@@ -145,12 +144,12 @@ def _attend_kernel(
         top, total, acc = state
         key = block * block_size + offset + jnp.arange(keys_per_step, dtype=jnp.int32)
         keys = k_ref[page, kv_head, pl.ds(offset, keys_per_step), :]
-        scores = lax.dot_general(q, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * scale
+        scores = lax.dot_general(q, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         seen = (key[None, :] <= position[:, None]) & (block >= 0)
         scores = jnp.where(seen, scores, -jnp.inf)
-        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1) * scale)
         shift = jnp.where(new_top == -jnp.inf, 0.0, new_top)  # nothing seen yet: exp2(-inf - 0) = 0
-        weights = jnp.exp2(scores - shift[:, None])
+        weights = exp2_scaled(scores, scale, shift, interpret=interpret)
         rescale = jnp.exp2(top - shift)
         # what no request owns may be NaN, and 0 * NaN is NaN: such values are read as zeros
         values = plgpu.load(
@@ -189,7 +188,7 @@ def _attend_kernel(
     )
     carry = (block, page_of(block), block_at(first + 1), *init)
     _, _, _, top, total, acc = lax.fori_loop(first * steps, stop * steps, step, carry)
-    result = acc / jnp.where(total == 0, 1.0, total)[:, None]
+    result = acc * (1.0 / jnp.where(total == 0, 1.0, total))[:, None]
 
     writes = live if fresh else live & ~is_padding
     to_row = jnp.where(writes, flat, num_tokens)  # out of range where nothing is written

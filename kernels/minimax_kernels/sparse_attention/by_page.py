@@ -22,9 +22,9 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from minimax_kernels.batch import Batch
+from minimax_kernels.exponential import LOG2_E, exp2_scaled
 from minimax_kernels.launch_table import PageLaunch
 from minimax_kernels.merge_partials import merge_partials
-from minimax_kernels.paged_softmax import LOG2_E
 from minimax_kernels.triton_call import ceil_div, triton_call
 
 _NOTHING = 2**31 - 1  # sorts behind every page
@@ -104,7 +104,7 @@ def _attend_chunk(
         "num_pairs": num_pairs, "num_requests": batch.num_requests, "num_blocks": batch.num_blocks, "topk": topk,
         "tokens": tokens, "rows_per_token": rows_per_token, "kv_share": groups // num_kv_heads,
         "block_size": block_size, "per_program": per_program, "rows": launch.rows, "scale": scale * LOG2_E,
-        "first_token": first_token,
+        "first_token": first_token, "interpret": interpret,
     }  # fmt: skip
     return triton_call(
         functools.partial(_attend_kernel, **sizes),
@@ -123,7 +123,7 @@ def _attend_chunk(
 def _attend_kernel(
     q_ref, k_ref, v_ref, tables_ref, kv_lens_ref, position_ref, keys_ref, pairs_ref, partial_ref, lse_ref,
     *, num_pairs, num_requests, num_blocks, topk, tokens, rows_per_token, kv_share, block_size, per_program, rows,
-    scale, first_token,
+    scale, first_token, interpret,
 ):  # fmt: skip
     base = pl.program_id(0) * per_program
     head_dim = q_ref.shape[2]
@@ -164,11 +164,18 @@ def _attend_kernel(
                 (group * rows_per_token + head)[:, None],
                 channel[None, :],
             ]
-            last_key = jnp.where(live, position_ref[jnp.where(live, token, 0)] - block * block_size, -1)
             scores = lax.dot_general(q, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-            scores = jnp.where(key_in_page[None, :] <= last_key[:, None], scores * scale, -jnp.inf)
-            top = jnp.max(scores, axis=1)
-            weights = jnp.exp2(scores - jnp.where(top == -jnp.inf, 0.0, top)[:, None])
+
+            def causal(scores):
+                last_key = position_ref[jnp.where(live, token, 0)] - block * block_size
+                return jnp.where(key_in_page[None, :] <= last_key[:, None], scores, -jnp.inf)
+
+            # queries of a run stand in the order of their positions: if the first sees the whole page, all do
+            first = lax.div(pairs_ref[jnp.minimum(base + start + i * queries, num_pairs - 1)], topk) - group * tokens
+            sees_all = position_ref[first] - block * block_size >= block_size - 1
+            scores = lax.cond(sees_all, lambda scores: scores, causal, scores)
+            top = jnp.max(scores, axis=1) * scale
+            weights = exp2_scaled(scores, scale, jnp.where(top == -jnp.inf, 0.0, top), interpret=interpret)
             total = jnp.sum(weights, axis=1)
             attended = lax.dot_general(
                 weights.astype(values.dtype), values, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
@@ -177,7 +184,7 @@ def _attend_kernel(
             to_token = jnp.where(live, token, tokens)  # out of range where nothing is written
             plgpu.store(
                 partial_ref.at[to_token[:, None], group, choice[:, None], head[:, None], channel[None, :]],
-                (attended / safe_total[:, None]).astype(partial_ref.dtype),
+                (attended * (1.0 / safe_total)[:, None]).astype(partial_ref.dtype),
                 mask=jnp.broadcast_to(live[:, None], (rows, head_dim)),
             )
             lse = jnp.where(total == 0, -jnp.inf, top + jnp.log2(safe_total))
