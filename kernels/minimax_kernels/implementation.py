@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 
-def dispatch(op: str, implementations: Mapping[str, Callable[..., Any]], impl: str | None, *args: Any, **kwargs: Any):
-    """Calls implementation `impl` of an operation, or with None the first that can serve.
+Implementation = Callable[..., Any]
+
+
+def implementations(pallas_triton: Implementation, reference: Implementation) -> dict[str, Implementation]:
+    """The names of an operation's implementations, best first; `pallas_triton` also takes `interpret=`."""
+    return {
+        "pallas_triton": pallas_triton,
+        "pallas_triton_interpret": functools.partial(pallas_triton, interpret=True),
+        "reference": reference,
+    }
+
+
+def dispatch(op: str, implementations: Mapping[str, Implementation], impl: str | None, *args: Any, **kwargs: Any):
+    """Calls implementation `impl` of an operation, or with None the best for the device that the call runs on.
+
+    None means `pallas_triton` on NVIDIA GPUs where it can serve the call, and `reference` everywhere else.
 
     Args:
       op: the operation's name, for messages.
-      implementations: name -> function, best first; "reference" is last and always serves.
+      implementations: name -> function; "reference" always serves. "pallas_triton_interpret" is for tests.
       impl: one of the names, or None.
 
     Raises:
@@ -25,14 +41,28 @@ def dispatch(op: str, implementations: Mapping[str, Callable[..., Any]], impl: s
                 f"impl = {impl!r}: {op} has {', '.join(map(repr, implementations))} (or None for the best)"
             )
         return implementations[impl](*args, **kwargs)
-    refusals = []
-    for name, function in implementations.items():
-        try:
-            result = function(*args, **kwargs)
-        except NotImplementedError as refusal:
-            refusals.append(f"{name}: {refusal}")
-            continue
-        if refusals:
-            warnings.warn(f"{op} falls back to {name!r} ({'; '.join(refusals)})", stacklevel=3)
-        return result
-    raise NotImplementedError(f"no implementation of {op} serves this call ({'; '.join(refusals)})")
+    reference = implementations["reference"]
+    if "pallas_triton" not in implementations or jax.default_backend() != "gpu":
+        return reference(*args, **kwargs)
+    best = implementations["pallas_triton"]
+    # a whole-array result of `eval_shape` shows refusals without launching anything
+    try:
+        jax.eval_shape(functools.partial(best, **_static(kwargs)), *args, **_arrays(kwargs))
+    except NotImplementedError as refusal:
+        warnings.warn(f"{op} falls back to 'reference' ({refusal})", stacklevel=3)
+        return reference(*args, **kwargs)
+    static, arrays = _static(kwargs), _arrays(kwargs)
+
+    def call(function: Implementation) -> Callable[..., Any]:
+        return lambda args, arrays: function(*args, **static, **arrays)
+
+    # decided when the call is lowered, so that arrays on the CPU of a machine with a GPU are served too
+    return jax.lax.platform_dependent(args, arrays, cuda=call(best), default=call(reference))
+
+
+def _arrays(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if hasattr(value, "shape")}
+
+
+def _static(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if not hasattr(value, "shape")}

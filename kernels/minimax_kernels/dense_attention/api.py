@@ -6,10 +6,10 @@ from jaxtyping import Array, Float
 
 from minimax_kernels import checks
 from minimax_kernels.batch import Batch
-from minimax_kernels.dense_attention import reference
-from minimax_kernels.implementation import dispatch
+from minimax_kernels.dense_attention import pallas_triton, reference
+from minimax_kernels.implementation import dispatch, implementations
 
-_IMPLEMENTATIONS = {"reference": reference.dense_attention}
+_IMPLEMENTATIONS = implementations(pallas_triton.dense_attention, reference.dense_attention)
 
 
 def dense_attention(

@@ -6,10 +6,10 @@ from jaxtyping import Array, Float
 
 from minimax_kernels import checks
 from minimax_kernels.batch import Batch
-from minimax_kernels.implementation import dispatch
-from minimax_kernels.msa import reference
+from minimax_kernels.implementation import dispatch, implementations
+from minimax_kernels.msa import pallas_triton, reference
 
-_IMPLEMENTATIONS = {"reference": reference.msa}
+_IMPLEMENTATIONS = implementations(pallas_triton.msa, reference.msa)
 
 
 def msa(

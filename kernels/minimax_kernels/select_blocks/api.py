@@ -6,10 +6,10 @@ from jaxtyping import Array, Float, Int
 
 from minimax_kernels import checks
 from minimax_kernels.batch import Batch
-from minimax_kernels.implementation import dispatch
-from minimax_kernels.select_blocks import reference
+from minimax_kernels.implementation import dispatch, implementations
+from minimax_kernels.select_blocks import pallas_triton, reference
 
-_IMPLEMENTATIONS = {"reference": reference.select_blocks}
+_IMPLEMENTATIONS = implementations(pallas_triton.select_blocks, reference.select_blocks)
 
 
 def select_blocks(

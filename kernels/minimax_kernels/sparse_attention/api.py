@@ -6,10 +6,10 @@ from jaxtyping import Array, Float, Int
 
 from minimax_kernels import checks
 from minimax_kernels.batch import Batch
-from minimax_kernels.implementation import dispatch
-from minimax_kernels.sparse_attention import reference
+from minimax_kernels.implementation import dispatch, implementations
+from minimax_kernels.sparse_attention import pallas_triton, reference
 
-_IMPLEMENTATIONS = {"reference": reference.sparse_attention}
+_IMPLEMENTATIONS = implementations(pallas_triton.sparse_attention, reference.sparse_attention)
 
 
 def sparse_attention(

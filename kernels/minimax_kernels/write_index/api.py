@@ -5,10 +5,10 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Int
 
 from minimax_kernels import checks
-from minimax_kernels.implementation import dispatch
-from minimax_kernels.write_index import reference
+from minimax_kernels.implementation import dispatch, implementations
+from minimax_kernels.write_index import pallas_triton, reference
 
-_IMPLEMENTATIONS = {"reference": reference.write_index}
+_IMPLEMENTATIONS = implementations(pallas_triton.write_index, reference.write_index)
 
 
 def write_index(

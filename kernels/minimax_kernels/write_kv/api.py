@@ -5,10 +5,10 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Int
 
 from minimax_kernels import checks
-from minimax_kernels.implementation import dispatch
-from minimax_kernels.write_kv import reference
+from minimax_kernels.implementation import dispatch, implementations
+from minimax_kernels.write_kv import pallas_triton, reference
 
-_IMPLEMENTATIONS = {"reference": reference.write_kv}
+_IMPLEMENTATIONS = implementations(pallas_triton.write_kv, reference.write_kv)
 
 
 def write_kv(

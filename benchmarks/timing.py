@@ -1,0 +1,150 @@
+"""Device time of a function: many calls in one executable, dispatched back to back, and one wait at the end.
+
+An executable holds `calls` calls on different inputs (so that XLA can neither merge nor reorder them into one), chained
+through the output buffer where the operation takes one. Dispatches follow each other without waiting and rotate through
+the sets of inputs; dispatching runs ahead of the device, so the wall time of a long enough run is device time. Where it
+cannot run ahead, the result says so (`host_bound`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.floors import Ceilings
+
+RUN_SECONDS = 0.02
+REPEATS = 5
+MOST_CALLS = 16
+BURST = 8
+CALLS_SECONDS = 1e-3  # what one executable should take
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Microseconds a call.
+
+    Attributes:
+      us: median of the repeats.
+      spread: (largest - smallest) / median.
+      calls: calls in one executable.
+      host_bound: dispatching takes the host about as long, so the device may be faster than this.
+    """
+
+    us: float
+    spread: float
+    calls: int
+    host_bound: bool
+
+
+def calls_for(expected_seconds: float) -> int:
+    """Calls for one executable: enough to hide its launch, few enough to compile quickly."""
+    return max(1, min(MOST_CALLS, round(CALLS_SECONDS / expected_seconds)))
+
+
+def compiler_options() -> dict[str, Any]:
+    """On a GPU: calls of one executable run strictly one after another, also when captured as a CUDA graph."""
+    if jax.default_backend() != "gpu":
+        return {}
+    return {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
+
+
+def compile_calls(function: Callable[..., Any], args: Any, calls: int, out: Any = None) -> Callable[..., Any]:
+    """Compiles `calls` calls of `function(*args)`, or of `function(*args, out=out)` chained through `out`.
+
+    Args:
+      function: what to time.
+      args: arguments of one call, arrays or ShapeDtypeStructs.
+      calls: how many.
+      out: the output buffer's shape, or None.
+
+    Returns:
+      An executable that takes a tuple of `calls` tuples of arguments (and the output buffer, which it consumes).
+    """
+    struct = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (tuple(args),) * calls)
+    options = compiler_options()
+    if out is None:
+        return jax.jit(lambda sets: [function(*own) for own in sets]).lower(struct).compile(compiler_options=options)
+
+    def chained(sets, out):
+        for own in sets:
+            out = function(*own, out=out)
+        return out
+
+    buffer = jax.ShapeDtypeStruct(out.shape, out.dtype)
+    return jax.jit(chained, donate_argnums=1).lower(struct, buffer).compile(compiler_options=options)
+
+
+def time_compiled(
+    compiled: Callable[..., Any],
+    sets: Sequence[tuple],
+    calls: int,
+    out: jax.Array | None = None,
+    repeats: int = REPEATS,
+) -> Timing:
+    """Times an executable of `compile_calls`.
+
+    Args:
+      compiled: the executable.
+      sets: sets of arguments to rotate through, any number of them.
+      calls: as compiled.
+      out: an output buffer (consumed), where it was compiled with one.
+      repeats: how many runs to take the median of.
+    """
+    rotation = itertools.cycle(sets)
+    groups = [tuple(itertools.islice(rotation, calls)) for _ in range(max(1, -(-len(sets) // calls)))]
+    following = itertools.cycle(groups)
+
+    def run(count: int) -> tuple[float, float]:
+        nonlocal out
+        result = None
+        begin = time.perf_counter()
+        for _ in range(count):
+            if out is None:
+                result = compiled(next(following))
+            else:
+                result = out = compiled(next(following), out)
+        dispatched = time.perf_counter() - begin
+        jax.block_until_ready(result)
+        return time.perf_counter() - begin, dispatched
+
+    run(2)  # warm-up
+    count = max(2, min(400, round(RUN_SECONDS / max(run(3)[0] / 3, 1e-6))))
+    runs = [run(count) for _ in range(repeats)]
+    walls = [wall / count / calls * 1e6 for wall, _ in runs]
+    median = statistics.median(walls)
+    # a burst short enough not to be held up by the runtime's bound on executables in flight
+    dispatching = statistics.median(run(BURST)[1] for _ in range(repeats)) / BURST
+    host_bound = dispatching * 1e6 > 0.9 * median * calls
+    return Timing(median, (max(walls) - min(walls)) / median, calls, host_bound)
+
+
+def measure_ceilings(copy_bytes: int = 4 << 30, matmul_size: int = 8192) -> Ceilings:
+    """Copy bandwidth (bytes read and written) and bf16 matmul rate of this device, on random data."""
+    key = jax.random.key(1, impl="rbg")
+    words = jax.random.bits(key, (copy_bytes // 8, 2), jnp.uint32)
+    copies = [jax.jit(lambda x: jnp.copy(x)), jax.jit(lambda x: x ^ 1)]  # whichever is faster
+    copy = min(_plain_time(function, words) for function in copies)
+    del words
+    a, b = (jax.random.normal(k, (matmul_size, matmul_size), jnp.bfloat16) for k in jax.random.split(key))
+    matmul = _plain_time(jax.jit(jnp.matmul), a, b)
+    return Ceilings(2 * (copy_bytes // 8 * 8) / copy, 2 * matmul_size**3 / matmul)
+
+
+def _plain_time(function: Callable[..., Any], *args: jax.Array, calls: int = 20) -> float:
+    jax.block_until_ready(function(*args))
+    seconds = []
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        for _ in range(calls):
+            result = function(*args)
+        result.block_until_ready()
+        seconds.append((time.perf_counter() - begin) / calls)
+    return statistics.median(seconds)

@@ -1,0 +1,99 @@
+"""Launch parameters by shape bucket, measured on an H100 (scripts/tune.py; docs/kernels.md)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from minimax_kernels.triton_call import Launch, ceil_div
+
+NUM_SMS = 132
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreLaunch:
+    """Of `index_score`.
+
+    Attributes:
+      tile: query tokens of a program.
+      blocks_per_program: pages of keys that a program scores.
+    """
+
+    tile: int
+    blocks_per_program: int
+    launch: Launch
+
+
+def score_launch(num_tokens: int, num_requests: int, num_blocks: int, num_heads: int, mean_rows: int) -> ScoreLaunch:
+    """For queries whose requests have `mean_rows` rows on average, rounded up to a power of two."""
+    if mean_rows <= 16:
+        tile = min(mean_rows, max(64 // num_heads, 1))
+        tiles = ceil_div(num_tokens, tile)
+        per_program = min(max(tiles * num_blocks // (NUM_SMS * 8), 1), 16)
+        return ScoreLaunch(tile, per_program, Launch(4, 3))
+    tile = max(256 // num_heads, 16)
+    tiles = ceil_div(num_tokens, tile)
+    per_program = min(max(tiles * num_blocks // (NUM_SMS * 4), 2), 32)
+    return ScoreLaunch(tile, per_program, Launch(8, 3))
+
+
+SELECT_CHUNK = 1024  # scores that one warp holds at a time
+SELECT_LAUNCH = Launch(num_warps=1, num_stages=1)
+MERGE_ROWS = 4  # query heads of a program that merges partial results
+MERGE_LAUNCH = Launch(num_warps=4, num_stages=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttendLaunch:
+    """Of attention over a list of pages.
+
+    Attributes:
+      tile: query tokens of a program (1 where each token has pages of its own).
+      blocks_per_program: pages that a program walks; more make fewer partial results.
+      keys_per_step: keys of one step of the running softmax, a part of a page.
+    """
+
+    tile: int
+    blocks_per_program: int
+    keys_per_step: int
+    launch: Launch
+
+
+def attend_launch(num_tokens: int, groups: int, blocks: int) -> AttendLaunch:
+    """For tokens with lists of `blocks` pages each: enough programs to fill the device."""
+    splits = min(max(ceil_div(NUM_SMS * 4, num_tokens * groups), 1), blocks)
+    return AttendLaunch(1, ceil_div(blocks, splits), 64, Launch(4, 3))
+
+
+def dense_launch(num_tokens: int, num_requests: int, num_blocks: int, rows_per_token: int, groups: int, tile: int):
+    """For all pages of a request: tiles of 128 query rows where there are that many."""
+    tile = min(tile, max(128 // rows_per_token, 1))
+    programs = ceil_div(num_tokens, tile) * groups
+    splits = min(max(ceil_div(NUM_SMS * 4, programs), 1), num_blocks)
+    rows = tile * rows_per_token
+    return AttendLaunch(tile, ceil_div(num_blocks, splits), 64, Launch(8 if rows >= 128 else 4, 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class PageLaunch:
+    """Of sparse attention page by page.
+
+    Attributes:
+      rows: query rows of one matrix product, a multiple of a group's heads.
+      pairs_per_program: pairs (query, block) of one program.
+      workspace_bytes: what the partial results may take; longer batches run in chunks.
+    """
+
+    rows: int
+    pairs_per_program: int
+    workspace_bytes: int
+    launch: Launch
+
+
+def page_launch(num_tokens: int, rows_per_token: int, groups: int, topk: int) -> PageLaunch:
+    """Tiles of 128 rows; programs of several tiles once there are enough of them."""
+    queries = max(128 // rows_per_token, 1)
+    tiles = ceil_div(num_tokens * topk * groups, queries)
+    per_program = queries * min(max(tiles // (NUM_SMS * 4), 1), 8)
+    return PageLaunch(queries * rows_per_token, per_program, 1 << 30, Launch(8, 2))
+WRITE_TOKENS = 16  # tokens of a program that writes to pages
+WRITE_LAUNCH = Launch(num_warps=4, num_stages=1)

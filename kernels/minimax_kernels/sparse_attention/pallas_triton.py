@@ -1,0 +1,48 @@
+"""sparse_attention: page by page where pages are shared by many queries, token by token elsewhere."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int
+
+from minimax_kernels.batch import Batch, tile_size
+from minimax_kernels.launch_table import attend_launch, page_launch
+from minimax_kernels.paged_softmax import attend_pages
+from minimax_kernels.sparse_attention import reference
+from minimax_kernels.sparse_attention.by_page import attend_by_page
+from minimax_kernels.triton_call import is_power_of_two
+from minimax_kernels.triton_support import require_pages
+
+FEW_QUERIES = 16  # queries a request up to which each token reads its own pages
+
+
+def sparse_attention(
+    q: Float[Array, "T Hq D"],
+    k_cache: Float[Array, "P Hkv B D"],
+    v_cache: Float[Array, "P Hkv B D"],
+    selected: Int[Array, "S T topk"],
+    batch: Batch,
+    *,
+    scale: float,
+    out: Float[Array, "T Hq D"] | None,
+    interpret: bool = False,
+    by_page: bool | None = None,
+) -> Float[Array, "T Hq D"]:
+    """See `minimax_kernels.sparse_attention`; `by_page` picks one of the two kernels, None the faster."""
+    num_tokens, num_heads, head_dim = q.shape
+    groups, _, topk = selected.shape
+    require_pages(q, k_cache, k_cache.shape[2], head_dim, interpret=interpret)
+    if 0 in (num_tokens, batch.num_blocks, batch.num_requests):
+        return reference.sparse_attention(q, k_cache, v_cache, selected, batch, scale=scale, out=out)
+    rows_per_token = num_heads // groups
+    if by_page is None:
+        by_page = tile_size(num_tokens, batch.num_requests) > FEW_QUERIES
+    fits = groups * batch.num_requests * batch.num_blocks < 2**31 - 1 and rows_per_token <= 128
+    if by_page and fits and is_power_of_two(rows_per_token):
+        launch = page_launch(num_tokens, rows_per_token, groups, topk)
+        return attend_by_page(
+            q, k_cache, v_cache, selected, batch, scale=scale, out=out, launch=launch, interpret=interpret
+        )
+    return attend_pages(
+        q, k_cache, v_cache, batch, selected=selected, scale=scale, out=out, interpret=interpret,
+        launch=attend_launch(num_tokens, groups, topk),
+    )  # fmt: skip

@@ -1,0 +1,26 @@
+"""What the Pallas kernels on the Triton backend can serve; what they cannot raises NotImplementedError."""
+
+from __future__ import annotations
+
+import jax
+
+from minimax_kernels.triton_call import is_power_of_two
+
+NARROW = ("bfloat16", "float16")
+
+
+def require_power_of_two(name: str, value: int, most: int) -> None:
+    """Triton's blocks have sizes that are powers of two."""
+    if not is_power_of_two(value) or value > most:
+        raise NotImplementedError(f"pallas_triton: {name} = {value} is not a power of two up to {most}")
+
+
+def require_pages(q: jax.Array, cache: jax.Array, block_size: int, head_dim: int, *, interpret: bool) -> None:
+    """Types and page sizes that the attention kernels take; the interpreter also takes float32, for exact tests."""
+    if q.dtype != cache.dtype:
+        raise NotImplementedError(f"pallas_triton: queries are {q.dtype}, the cache is {cache.dtype}")
+    if str(q.dtype) not in NARROW and not interpret:
+        raise NotImplementedError(f"pallas_triton: {q.dtype} is not one of {', '.join(NARROW)}")
+    for name, value in (("block size", block_size), ("head_dim", head_dim)):
+        if not is_power_of_two(value) or not 16 <= value <= 256:
+            raise NotImplementedError(f"pallas_triton: {name} = {value} is not a power of two from 16 to 256")
