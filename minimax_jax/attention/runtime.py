@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +29,24 @@ class PagedAttention:
       traces: how often one was traced; steady serving leaves it unchanged.
     """
 
-    def __init__(self, config: MiniMaxM3Config, *, impl: str | None = None):
+    def __init__(
+        self,
+        config: MiniMaxM3Config,
+        *,
+        impl: str | None = None,
+        compiler_options: Mapping[str, Any] | None = None,
+    ):
+        """
+        Args:
+          impl: which kernels to use, None for the best.
+          compiler_options: XLA's.
+        """
         self.traces = 0
         self._config, self._impl = config, impl
+        options = dict(compiler_options) if compiler_options else None
         # pools and output buffer are donated: written where they lie
-        self._dense = jax.jit(self._dense_layer, donate_argnums=(0, 1, 2))
-        self._sparse = jax.jit(self._sparse_layer, donate_argnums=(0, 1, 2, 3))
+        self._dense = jax.jit(self._dense_layer, donate_argnums=(0, 1, 2), compiler_options=options)
+        self._sparse = jax.jit(self._sparse_layer, donate_argnums=(0, 1, 2, 3), compiler_options=options)
 
     def step(self, pool: PagePool, layout: StepLayout) -> StepRuntime:
         """What the boundary needs for one step over a pool, in the pool's current life.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -52,24 +53,26 @@ class SegmentedPrefill:
         *,
         max_tokens: int,
         buckets: Sequence[int] | None = None,
-        impl: str | None = None,
+        attention: PagedAttention | None = None,
         compiler_options: Mapping[str, Any] | None = None,
+        dump_to: str | Path | None = None,
     ):
         """
         Args:
           max_tokens: of one step, the largest bucket; steps above it run at their exact size.
           buckets: of tokens; None for powers of two and three quarters of these.
-          impl: which kernels to use, None for the best.
-          compiler_options: XLA's, for every segment.
+          attention: the executables behind the boundary; None for ones with the best kernels.
+          compiler_options, dump_to: as `segmented_jit` takes them.
         """
         self._config, self._graphdef, self._names = config, graphdef, names
-        self.attention = PagedAttention(config, impl=impl)
+        self.attention = PagedAttention(config) if attention is None else attention
         self.layers = segmented_jit(
             self._layers,
             boundaries=(ATTENTION,),
             buckets=buckets_up_to(max_tokens, LEAST_BUCKET) if buckets is None else buckets,
             rows=(1, 2),
             compiler_options=compiler_options,
+            dump_to=dump_to,
         )
         self._head = jax.jit(self._pick, donate_argnums=(), static_argnames=("greedy", "truncated"))
 
