@@ -31,6 +31,7 @@ class BoundaryCall:
       where: the place in words, for messages.
       live: rows that hold data; rows from here on are padding of the bucket, and nothing may be written to them.
         Outside of `segmented_jit` all rows of the first operand; None if that has no axis 0.
+      mesh: under a mesh, its devices: operands and results are then [devices, *shape on one device].
       runtime: whatever the caller handed over for this call (plans, pools, Python state), or None.
     """
 
@@ -38,6 +39,7 @@ class BoundaryCall:
     where: str
     live: int | None
     runtime: Any
+    mesh: jax.sharding.Mesh | None = None
 
     def rows(self, x: Any) -> Any:
         """The live rows of an operand. On a device this compiles for every count: kernels rather take `live`."""

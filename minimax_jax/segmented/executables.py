@@ -7,13 +7,12 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Hashable, Mapping
+from typing import Any
 
-import jax
-
-from minimax_jax.segmented.jaxprs import evaluate, sub_jaxpr
+from minimax_jax.segmented.jaxprs import sub_jaxpr
 from minimax_jax.segmented.keys import equations_key
+from minimax_jax.segmented.placement import Placement
 from minimax_jax.segmented.split import Segment, Split
 
 _COMPILING_THREADS = 4  # XLA compiles without Python's lock; more threads than this only take memory
@@ -32,18 +31,6 @@ class Executable:
     name: str
     compiled: Any
     seconds: float
-
-
-class Placement(Protocol):
-    """Where the values of a function live, and how a segment is lowered there."""
-
-    def key(self, names: Sequence[Any]) -> Hashable:
-        """What of the placement of variables decides how a segment is compiled."""
-        ...
-
-    def lower(self, segment: Segment, jaxpr: Any, label: str) -> Any:
-        """`jax.stages.Lowered` of a segment."""
-        ...
 
 
 class Executables:
@@ -98,31 +85,6 @@ class Executables:
             segment.donated,
             placement.key((*segment.invars, *segment.outvars)),
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class OneDevice:
-    """All values on one device.
-
-    Attributes:
-      device: None for JAX's default device.
-    """
-
-    device: jax.Device | None
-
-    def key(self, names: Sequence[Any]) -> Hashable:
-        return self.device
-
-    def lower(self, segment: Segment, jaxpr: Any, label: str) -> Any:
-        def run(*args: Any) -> list[Any]:
-            return evaluate(jaxpr, args)
-
-        run.__name__ = run.__qualname__ = label  # profiles show it
-        sharding = None if self.device is None else jax.sharding.SingleDeviceSharding(self.device)
-        avals: list[Any] = [var.aval for var in segment.invars]
-        inputs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding) for aval in avals]
-        gives = tuple(number for number, given in enumerate(segment.donated) if given)
-        return jax.jit(run, donate_argnums=gives).lower(*inputs)
 
 
 def _letters(number: int) -> str:

@@ -14,9 +14,10 @@ from typing import Any
 import jax
 
 from minimax_jax.segmented.arguments import Arguments, aval_of, device_of, sizes_of, struct_of
-from minimax_jax.segmented.executables import Executables, OneDevice
+from minimax_jax.segmented.executables import Executables
 from minimax_jax.segmented.graphs import GraphUse, dump_options, graph_use
 from minimax_jax.segmented.jaxprs import trace
+from minimax_jax.segmented.placement import OneDevice, OnMesh, Placement, local_shape, spread_specs
 from minimax_jax.segmented.program import Call, HostTime, Program, Signature
 from minimax_jax.segmented.runner import Runner
 from minimax_jax.segmented.split import split
@@ -33,6 +34,8 @@ def segmented_jit(
     rows: int | Sequence[int] = 0,
     donate: int | Sequence[int] = (),
     mesh: jax.sharding.Mesh | None = None,
+    in_specs: Any = None,
+    out_specs: Any = None,
     warmups: int = 1,
     compiler_options: Mapping[str, Any] | None = None,
     dump_to: str | Path | None = None,
@@ -47,14 +50,16 @@ def segmented_jit(
         runs at its exact size, uncaptured. Results come back padded.
       rows: numbers of the arguments whose leaves have the rows as axis 0.
       donate: numbers of the arguments whose buffers the call may consume.
-      mesh: not built yet.
+      mesh: makes `fn` the body of one device of it, as for `jax.shard_map`, collectives over its axes included.
+        Boundaries then see [devices, *shape on one device].
+      in_specs, out_specs: with a mesh, how arguments and results are sharded: `PartitionSpec`s in a prefix of their
+        structure. Rows are not sharded.
       warmups: eager calls of a bucket before it is captured.
       compiler_options: XLA's, for every segment.
       dump_to: directory for XLA's dumps, from which `graphs` and `explain` tell what lies in CUDA graphs.
 
     Raises:
       ValueError: for options out of range.
-      NotImplementedError: with a mesh.
     """
     return SegmentedFunction(
         fn,
@@ -63,6 +68,8 @@ def segmented_jit(
         rows=rows,
         donate=donate,
         mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
         warmups=warmups,
         compiler_options=compiler_options,
         dump_to=dump_to,
@@ -81,12 +88,15 @@ class SegmentedFunction:
         rows: int | Sequence[int],
         donate: int | Sequence[int],
         mesh: jax.sharding.Mesh | None,
+        in_specs: Any,
+        out_specs: Any,
         warmups: int,
         compiler_options: Mapping[str, Any] | None,
         dump_to: str | Path | None,
     ):
-        if mesh is not None:
-            raise NotImplementedError("mesh: segments over several devices belong to the issue on parallel layouts")
+        if (mesh is None) != (in_specs is None) or (mesh is None) != (out_specs is None):
+            raise ValueError("mesh, in_specs and out_specs: give all three, or none of them")
+        self._mesh, self._in_specs, self._out_specs = mesh, in_specs, out_specs
         self._fn = fn
         self._label = getattr(fn, "__name__", "fn").strip("<>_") or "fn"
         if isinstance(boundaries, str) or not all(isinstance(name, str) for name in boundaries):
@@ -257,7 +267,14 @@ class SegmentedFunction:
             out_trees.append(out_tree)
             return results
 
-        traced = trace(flat, [struct_of(aval) for aval in avals], self._boundaries)
+        structs = [struct_of(aval) for aval in avals]
+        specs = self._leaf_specs(tree)
+        if self._mesh is not None:
+            structs = [
+                jax.ShapeDtypeStruct(local_shape(self._mesh, x.shape, spec), x.dtype, weak_type=x.weak_type)
+                for x, spec in zip(structs, specs, strict=True)
+            ]
+        traced = trace(flat, structs, self._boundaries, dict(self._mesh.shape) if self._mesh else None)
         row_leaves = self._arguments.row_leaves(tree)
         consumed = {*row_leaves, *self._arguments.donated_leaves(tree)}
         # a row argument at exactly the bucket's size is the caller's own array
@@ -265,12 +282,26 @@ class SegmentedFunction:
         parts = split(traced, self._boundaries, mine)
         self._counts.traces += 1
         self._counts.trace_seconds += time.perf_counter() - start
-        device = device_of([*leaves, *traced.consts])
-        built = executables.build(parts, OneDevice(device))
+        placement: Placement
+        if self._mesh is None:
+            placement = OneDevice(device_of([*leaves, *traced.consts]))
+        else:
+            results = spread_specs("out_specs", self._out_specs, out_trees[0])
+            placement = OnMesh(self._mesh, traced.invars, specs, traced.constvars, results)
+        built = executables.build(parts, placement)
         while len(runners) < len(built):
             runners.append(Runner(len(runners)))
         keep = set(range(len(leaves))) - consumed
-        return Program(Signature(rows, tree, avals), parts, built, runners[: len(built)], keep, device, out_trees[0])
+        return Program(Signature(rows, tree, avals), parts, built, runners[: len(built)], keep, placement, out_trees[0])
+
+    def _leaf_specs(self, tree: Any) -> list[Any]:
+        if self._mesh is None:
+            return []
+        specs = spread_specs("in_specs", self._in_specs, tree)
+        for number in self._arguments.row_leaves(tree):
+            if len(specs[number]) and specs[number][0] is not None:
+                raise ValueError(f"in_specs has {specs[number]} for an argument in rows: axis 0 must not be sharded")
+        return specs
 
     @contextlib.contextmanager
     def _counting_failures(self) -> Iterator[None]:

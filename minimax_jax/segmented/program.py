@@ -17,6 +17,7 @@ from minimax_jax.segmented.epoch import Epoch
 from minimax_jax.segmented.errors import StaleCaptureError
 from minimax_jax.segmented.executables import Executable
 from minimax_jax.segmented.jaxprs import is_literal
+from minimax_jax.segmented.placement import Placement
 from minimax_jax.segmented.runner import Capture, Entry, Runner, addresses_of
 from minimax_jax.segmented.split import Crossing, Segment, Split
 
@@ -73,7 +74,9 @@ class _Compute:
 @dataclasses.dataclass(frozen=True)
 class _Cross:
     crossing: Crossing
+    params: dict[str, Any]  # of its equation, results as they are placed
     operands: tuple[Any, ...]  # a slot, or the array of a literal
+    names: tuple[Any, ...]  # their variables, None for literals
     results: tuple[int, ...]
     frees: tuple[int, ...]
 
@@ -95,7 +98,7 @@ class Program:
         executables: Sequence[Executable],
         runners: Sequence[Runner],
         captured_leaves: set[int],
-        device: jax.Device | None,
+        placement: Placement,
         out_tree: Any,
     ):
         self.signature = signature
@@ -106,18 +109,19 @@ class Program:
         for runner, entry in zip(self.runners, self.entries, strict=False):
             runner.entries[signature] = entry
         self.captured_leaves = captured_leaves
-        self._device = device
+        self._placement = placement
         slots: dict[Any, int] = {}
         for var in (*split.traced.invars, *split.traced.constvars):
             slots[var] = len(slots)
         self._fixed_slots = range(len(split.traced.invars), len(slots))
-        self._consts = [jax.device_put(const, device) for const in split.traced.consts]
+        self._consts = [placement.constant(const) for const in split.traced.consts]
         for step in split.steps:
             for var in step.outvars:
                 slots.setdefault(var, len(slots))
         self._num_slots = len(slots)
         self._steps = [self._step(step, slots) for step in split.steps]
         self._outputs = [self._source(atom, slots) for atom in split.traced.outvars]
+        self._output_names = [None if is_literal(atom) else atom for atom in split.traced.outvars]
         self._held: list[Any] = []  # leaves as they were captured
 
     def _step(self, step: Segment | Crossing, slots: dict[Any, int]) -> _Compute | _Cross:
@@ -125,11 +129,14 @@ class Program:
         frees = tuple(slots[var] for var in step.frees)
         if isinstance(step, Segment):
             return _Compute(step, tuple(slots[var] for var in step.invars), results, frees)
-        return _Cross(step, tuple(self._source(atom, slots) for atom in step.operands), results, frees)
+        shapes = tuple((self._placement.shape(shape), dtype) for shape, dtype in step.params["results"])
+        operands = tuple(self._source(atom, slots) for atom in step.operands)
+        names = tuple(None if is_literal(atom) else atom for atom in step.operands)
+        return _Cross(step, {**step.params, "results": shapes}, operands, names, results, frees)
 
     def _source(self, atom: Any, slots: dict[Any, int]) -> Any:
         if is_literal(atom):
-            return jax.device_put(np.asarray(atom.val, atom.aval.dtype), self._device)
+            return self._placement.value(self._placement.spread(np.asarray(atom.val, atom.aval.dtype)))
         return slots[atom]
 
     def fits(self, leaves: Sequence[Any]) -> bool:
@@ -206,6 +213,7 @@ class Program:
                 self._cross(step, call, values)
                 spent.boundaries += time.perf_counter() - began
         results = [values[source] if isinstance(source, int) else source for source in self._outputs]
+        results = self._placement.finish(results, self._output_names)
         spent.total += time.perf_counter() - start
         return results
 
@@ -253,12 +261,15 @@ class Program:
         operands = [values[source] if isinstance(source, int) else source for source in step.operands]
         for number in crossing.copied:
             operands[number] = jax.numpy.array(operands[number], copy=True)
+        if self._placement.mesh is not None:
+            operands = [self._placement.lift(name, x) for name, x in zip(step.names, operands, strict=True)]
         place = "at the function's start" if crossing.after < 0 else f"after segment {crossing.after}"
         where = f"(call {crossing.index}, {place}, {self.signature.rows} rows)"
         name = crossing.params["name"]
         runtime = crossing.params["runtime"] if call.runtime is None else call.runtime
         try:
-            results = call_host(BoundaryCall(name, where, call.live, runtime), crossing.params, operands)
+            told = BoundaryCall(name, where, call.live, runtime, self._placement.mesh)
+            results = call_host(told, step.params, operands)
         except StaleCaptureError:
             raise
         except Exception as error:
@@ -273,7 +284,7 @@ class Program:
         held = {id(x) for number, x in enumerate(operands) if number not in crossing.consumed}
         for slot, result in zip(step.results, results, strict=True):
             if not isinstance(result, jax.Array):
-                result = jax.device_put(result, self._device, may_alias=False)
+                result = self._placement.value(result)
             elif id(result) in held:
                 result = jax.numpy.array(result, copy=True)
             held.add(id(result))
