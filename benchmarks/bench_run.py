@@ -22,8 +22,8 @@ def run_bench(
     deadline: float,
     say: Callable[[str], None],
     rotate: bool = True,
-) -> str:
-    """Measures, writes `bench.json` and `bench.png` to `out`, and returns the table to print last.
+) -> tuple[bool, str]:
+    """Measures, writes `bench.json` and `bench.png` to `out`, and returns (no case failed, the table to print last).
 
     Args:
       jobs: what to measure, most urgent first.
@@ -58,7 +58,8 @@ def run_bench(
         )
     else:
         say("nothing was measured: no picture")
-    return "\n".join(_ending(summary.table(found, checks), rows, left_out, ceilings, machine))
+    fine = not any(row.refused.startswith(measure.FAILED) for row in rows)
+    return fine, "\n".join(_ending(summary.table(found, checks), rows, left_out, ceilings, machine))
 
 
 def _ceilings(say: Callable[[str], None]) -> floors.Ceilings:
@@ -81,7 +82,7 @@ def _ending(
         if row.refused:
             key = f"{row.phase} {row.op} tp{row.tp}: {row.refused}"
             refused[key] = refused.get(key, 0) + 1
-    lines += [f"refused, {count} cases: {key[:160]}" for key, count in list(refused.items())[:10]]
+    lines += [f"{count} cases: {key[:240]}" for key, count in list(refused.items())[:10]]
     bound = [row for row in rows if row.host_bound]
     if bound:
         some = ", ".join(f"{row.short_name} tp{row.tp} {row.op}" for row in bound[:6])

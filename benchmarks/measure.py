@@ -17,6 +17,7 @@ from benchmarks import case_data, floors, ops, timing
 from benchmarks.case_data import Pool, Queries
 from benchmarks.cases import DECODE_OPS, HEADS, PREFILL_OPS, Case, Heads, baseline, decode_cases, prefill_cases
 
+FAILED = "FAILED"  # how `Row.refused` starts after an error
 WAVE = 8
 POOL_BYTES = 45 << 30  # pools kept at a time
 UNWEIGHTED_SHARE = 0.01  # how urgent a case of weight 0 is
@@ -34,7 +35,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One measurement; times in microseconds. `us` is None where the implementation refused."""
+    """One measurement; times in microseconds. `us` is None where the implementation refused or failed."""
 
     phase: str
     op: str
@@ -119,9 +120,13 @@ def run_jobs(
         for plan in plans:
             if time.monotonic() > deadline:
                 return rows, list(jobs[done:])
+            pool = None  # a pool that makes room must not be held here
             pool = _pool(pools, plan.pages, plan.job.heads)
             for rho in plan.job.rhos:
-                rows += _time_plan(plan, pool, queries[plan.job.heads], rho, ceilings)
+                try:
+                    rows += _time_plan(plan, pool, queries[plan.job.heads], rho, ceilings)
+                except jax.errors.JaxRuntimeError as error:  # in the inputs or in the selection
+                    rows += [_row(plan, op, rho, ceilings, refused=_failure(error)) for op in plan.job.ops]
                 say(_line(rows, plan.job, rho))
             done += 1
         slowest = max(slowest, time.monotonic() - begin)
@@ -156,7 +161,10 @@ class _Plan:
         try:
             compiled = timing.compile_calls(ops.function_of(op, impl), args, self.calls[op], out)
         except NotImplementedError as refusal:
-            self.refused[op] = str(refusal) or "not implemented"
+            self.refused[op] = f"refused: {refusal}"
+        except Exception as error:  # noqa: BLE001 a compiler's error must not lose the other cases
+            self.refused[op] = _failure(error)
+        if op in self.refused:
             if op not in ("score", "select", "index"):
                 return
             compiled = timing.compile_calls(ops.function_of(op, "reference"), args, self.calls[op], out)
@@ -197,9 +205,19 @@ def _time_plan(plan: _Plan, pool: Pool, queries: Queries, rho: float, ceilings: 
         if op not in job.ops or op in plan.refused:
             continue
         out = jnp.full(inputs[0].q.shape, jnp.nan, jnp.bfloat16) if op in ops.TAKES_OUT else None
-        timed = timing.time_compiled(compiled, sets, calls, out)
+        try:
+            timed = timing.time_compiled(compiled, sets, calls, out)
+        except jax.errors.JaxRuntimeError as error:
+            rows.append(_row(plan, op, rho, ceilings, refused=_failure(error)))
+            continue
         rows.append(_row(plan, op, rho, ceilings, timed, union))
     return rows
+
+
+def _failure(error: Exception) -> str:
+    """Long messages of compilers tell most at their end."""
+    text = " ".join(str(error).split())
+    return f"{FAILED} {type(error).__name__}: " + (text if len(text) <= 300 else f"{text[:140]} ... {text[-150:]}")
 
 
 def _outputs(compiled: Callable[..., Any], sets: list[tuple], calls: int) -> list[Any]:
@@ -287,7 +305,7 @@ def _line(rows: Sequence[Row], job: Job, rho: float) -> str:
         f" rho {rho}" if job.case.phase == "prefill" else ""
     )
     return f"{label}: " + ", ".join(
-        f"{row.op} refused"
+        f"{row.op} {row.refused.split()[0].rstrip(':')}"
         if row.us is None
         else f"{row.op} {row.us:.1f} us" + (f" {row.ratio:.2f}x" if row.ratio else "")
         for row in own

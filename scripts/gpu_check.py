@@ -8,7 +8,7 @@
 
 Parity: each op against the reference in float32 on upcast inputs. Benchmark: the MSA workload against vLLM's times
 (benchmarks/data) and the floor of this device. Writes parity.json, bench.json and bench.png to --out.
-Exit status: 0, or 1 when a parity check failed.
+Exit status: 0, or 1 when a parity check or a benchmark case failed.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def say(text: str) -> None:
     print(f"[{time.monotonic() - START:6.1f} s] {text}", flush=True)
 
 
-def bench(args: argparse.Namespace, deadline: float) -> str:
-    """The benchmark; returns its table."""
+def bench(args: argparse.Namespace, deadline: float) -> tuple[bool, str]:
+    """The benchmark; returns whether no case failed, and its table."""
     jobs = measure.select_jobs(
         phases=[args.bench] if args.bench else ["decode", "prefill"],
         tps=[args.tp] if args.tp else list(HEADS),
@@ -105,7 +105,9 @@ def main() -> int:
         )
         tables.append(table)
     if args.only != "parity":
-        tables.append(bench(args, deadline))
+        measured, table = bench(args, deadline)
+        fine &= measured
+        tables.append(table)
     print("\n" + "\n\n".join(tables))
     return 0 if fine else 1
 

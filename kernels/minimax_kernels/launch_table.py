@@ -36,6 +36,7 @@ def score_launch(num_tokens: int, num_requests: int, num_blocks: int, num_heads:
     return ScoreLaunch(tile, per_program, Launch(8, 3))
 
 
+MOST_RANKED_BLOCKS = 256  # blocks a request up to which the attention kernel of few queries selects by itself
 SELECT_CHUNK = 1024  # scores that one warp holds at a time
 SELECT_LAUNCH = Launch(num_warps=1, num_stages=1)
 MERGE_ROWS = 4  # query heads of a program that merges partial results
@@ -79,7 +80,7 @@ class PageLaunch:
 
     Attributes:
       rows: query rows of one matrix product, a multiple of a group's heads.
-      pairs_per_program: pairs (query, block) of one program.
+      pairs_per_program: pairs (query, block) of one program, a power of two.
       workspace_bytes: what the partial results may take; longer batches run in chunks.
     """
 
@@ -90,10 +91,10 @@ class PageLaunch:
 
 
 def page_launch(num_tokens: int, rows_per_token: int, groups: int, topk: int) -> PageLaunch:
-    """Tiles of 128 rows; programs of several tiles once there are enough of them."""
-    queries = max(128 // rows_per_token, 1)
+    """Tiles of 64 rows; programs of several tiles once there are enough of them."""
+    queries = max(64 // rows_per_token, 1)
     tiles = ceil_div(num_tokens * topk * groups, queries)
-    per_program = queries * min(max(tiles // (NUM_SMS * 4), 1), 8)
-    return PageLaunch(queries * rows_per_token, per_program, 1 << 30, Launch(8, 2))
+    tiles_per_program = 1 << (min(max(tiles // (NUM_SMS * 4), 1), 8).bit_length() - 1)
+    return PageLaunch(queries * rows_per_token, queries * tiles_per_program, 1 << 30, Launch(4, 2))
 WRITE_TOKENS = 16  # tokens of a program that writes to pages
 WRITE_LAUNCH = Launch(num_warps=4, num_stages=1)

@@ -1,12 +1,14 @@
 """The attention kernel of one tile of query rows over a list of pages, split over the pages: dense and sparse.
 
 A program takes the query heads of one KV head (or of one selection) for a tile of tokens of one request, and walks
-its share of the tile's pages with the running softmax. With one share it writes the result; with more it writes
-partial results for `merge_partials`.
+its share of the tile's pages with the running softmax. The pages are all of the request's (dense), those of a given
+selection, or those that it selects itself from the blocks' scores. Where the pages are split over several programs,
+each writes a partial result, and the one that finishes last merges them: no second launch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -20,9 +22,27 @@ from jaxtyping import Array, Float, Int
 from minimax_kernels.batch import Batch
 from minimax_kernels.exponential import LOG2_E, exp2_scaled
 from minimax_kernels.launch_table import AttendLaunch
-from minimax_kernels.merge_partials import merge_partials
-from minimax_kernels.ragged_tiles import locate_tile, num_tiles
+from minimax_kernels.merge_partials import merge_last_program
+from minimax_kernels.ragged_tiles import Tile, locate_tile, num_tiles
+from minimax_kernels.select_blocks.ranks import rank_blocks
 from minimax_kernels.triton_call import ceil_div, next_power_of_two, triton_call
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which pages a token attends to.
+
+    Attributes:
+      blocks: [S, T, topk] selected blocks, or
+      scores: [Hi, T, N] scores of all blocks to select `topk` from; index head h serves groups h * S / Hi onwards.
+      topk, init_blocks, local_blocks: as in `select_blocks`; the last two with scores only.
+    """
+
+    topk: int
+    blocks: Int[Array, "S T topk"] | None = None
+    scores: Float[Array, "Hi T N"] | None = None
+    init_blocks: int = 0
+    local_blocks: int = 1
 
 
 def attend_pages(
@@ -31,78 +51,86 @@ def attend_pages(
     v_cache: Float[Array, "P Hkv B D"],
     batch: Batch,
     *,
-    selected: Int[Array, "S T topk"] | None,
+    groups: int,
+    selection: Selection | None,
     scale: float,
     out: Float[Array, "T Hq D"] | None,
     launch: AttendLaunch,
     interpret: bool,
+    counters: Int[Array, "T S"] | None = None,
 ) -> Float[Array, "T Hq D"]:
-    """Attention over the blocks in `selected` (tiles of one token), or over all of them (None).
+    """Attention over selected blocks (tiles of one token), or over all of them (`selection` is None).
 
-    S selections, a multiple of Hkv, split the query heads evenly.
+    Args:
+      groups: S, a multiple of Hkv; the query heads of one share pages.
+      counters: zeros, where a kernel before this one has made them; consumed.
     """
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
-    groups = num_kv_heads if selected is None else selected.shape[0]
-    blocks = batch.num_blocks if selected is None else selected.shape[2]
-    tile = launch.tile if selected is None else 1
+    tile = launch.tile if selection is None else 1
+    blocks = batch.num_blocks if selection is None else selection.topk
     splits = ceil_div(blocks, launch.blocks_per_program)
     rows_per_token = num_heads // groups
+    rows = max(16, next_power_of_two(tile * rows_per_token))
+    args = [q, k_cache, v_cache, batch.block_tables, batch.query_starts, batch.kv_lens]
+    pages = "dense"
+    if selection is not None and selection.blocks is not None:
+        pages = "selected"
+        args.append(selection.blocks)
+    elif selection is not None and selection.scores is not None:
+        pages = "scored"
+        args.append(selection.scores)
     sizes: dict[str, Any] = {
         "num_tokens": num_tokens, "num_requests": batch.num_requests, "num_blocks": batch.num_blocks,
         "block_size": block_size, "tile": tile, "rows_per_token": rows_per_token, "kv_share": groups // num_kv_heads,
-        "rows": max(16, next_power_of_two(tile * rows_per_token)), "blocks": blocks,
-        "blocks_per_program": launch.blocks_per_program, "keys_per_step": min(launch.keys_per_step, block_size),
-        "scale": scale * LOG2_E, "is_dense": selected is None, "splits": splits, "interpret": interpret,
+        "rows": rows, "blocks": blocks, "blocks_per_program": launch.blocks_per_program,
+        "keys_per_step": min(launch.keys_per_step, block_size), "scale": scale * LOG2_E, "pages": pages,
+        "splits": splits, "interpret": interpret, "fresh": out is None,
+        "groups_per_index_head": groups // selection.scores.shape[0] if pages == "scored" else 1,  # type: ignore[union-attr]
+        "init_blocks": selection.init_blocks if selection is not None else 0,
+        "local_blocks": selection.local_blocks if selection is not None else 0,
     }  # fmt: skip
-    args = [q, k_cache, v_cache, batch.block_tables, batch.query_starts, batch.kv_lens]
-    if selected is not None:
-        args.append(selected)
-    grid = (num_tiles(num_tokens, batch.num_requests, tile), groups, splits)
-    name = "dense_attention" if selected is None else "sparse_attention_by_token"
-    if splits == 1:
-        fresh = out is None
-        kernel = functools.partial(_attend_kernel, fresh=fresh, has_out=not fresh, **sizes)
-        return triton_call(
-            kernel,
-            args if out is None else [*args, out],
-            jax.ShapeDtypeStruct(q.shape, q.dtype if out is None else out.dtype),
-            grid=grid,
-            launch=launch.launch,
-            name=name,
-            interpret=interpret,
-            aliases=None if fresh else {len(args): 0},
-        )
-    partial, lse = triton_call(
-        functools.partial(_attend_kernel, fresh=True, has_out=False, **sizes),
+    out_shapes = [jax.ShapeDtypeStruct(q.shape, q.dtype if out is None else out.dtype)]
+    aliases = {}
+    if out is not None:
+        aliases[len(args)] = 0
+        args.append(out)
+    if splits > 1:
+        tiles = num_tiles(num_tokens, batch.num_requests, tile)
+        if counters is None:
+            counters = jnp.zeros((tiles, groups), jnp.int32)
+        aliases[len(args)] = 1
+        args.append(counters)
+        out_shapes += [
+            jax.ShapeDtypeStruct(counters.shape, jnp.int32),
+            jax.ShapeDtypeStruct((tiles, groups, splits, rows, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((tiles, groups, splits, rows), jnp.float32),
+        ]
+    result = triton_call(
+        functools.partial(_attend_kernel, **sizes),
         args,
-        (
-            jax.ShapeDtypeStruct((num_tokens, groups, splits, rows_per_token, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((num_tokens, groups, splits, rows_per_token), jnp.float32),
-        ),
-        grid=grid,
+        tuple(out_shapes),
+        grid=(num_tiles(num_tokens, batch.num_requests, tile), groups, splits),
         launch=launch.launch,
-        name=name,
+        name="dense_attention" if selection is None else "sparse_attention_by_token",
         interpret=interpret,
+        aliases=aliases,
     )
-    return merge_partials(partial, lse, None, batch.query_starts, out=out, dtype=q.dtype, interpret=interpret)
+    return result[0]
 
 
 def _attend_kernel(
     *refs: Any, num_tokens, num_requests, num_blocks, block_size, tile, rows_per_token, kv_share, rows, blocks,
-    blocks_per_program, keys_per_step, scale, is_dense, splits, fresh, has_out, interpret,
+    blocks_per_program, keys_per_step, scale, pages, splits, interpret, fresh, groups_per_index_head, init_blocks,
+    local_blocks,
 ):  # fmt: skip
     q_ref, k_ref, v_ref, tables_ref, starts_ref, kv_lens_ref, *refs = refs  # type: ignore[assignment]
-    selected_ref = None if is_dense else refs.pop(0)
-    if has_out:
-        refs.pop(0)  # the same memory as the output
-    out_ref = refs.pop(0)
-    lse_ref = refs.pop(0) if refs else None
+    choice_ref = refs.pop(0) if pages != "dense" else None
+    num_inputs = (0 if fresh else 1) + (1 if splits > 1 else 0)
+    out_ref, *merge_refs = refs[num_inputs:]  # the inputs left out are the same memory as outputs
 
-    group, split = pl.program_id(1), pl.program_id(2)
-    at = locate_tile(
-        starts_ref, kv_lens_ref, pl.program_id(0), tile=tile, num_tokens=num_tokens, num_requests=num_requests
-    )
+    tile_id, group, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    at = locate_tile(starts_ref, kv_lens_ref, tile_id, tile=tile, num_tokens=num_tokens, num_requests=num_requests)
     kv_head = lax.div(group, kv_share)
     is_padding = at.request == num_requests
     request = jnp.minimum(at.request, num_requests - 1)
@@ -122,19 +150,12 @@ def _attend_kernel(
     position = jnp.where(live, at.first_position + token, -1)
     kv_len = kv_lens_ref[request]
     first = split * blocks_per_program
-    last_position = at.first_position + at.num_rows - 1
-    if is_dense:
-        shift = block_size.bit_length() - 1
-        stop = jnp.minimum(first + blocks_per_program, lax.shift_right_arithmetic(last_position, shift) + 1)
-    else:
-        stop = jnp.minimum(first + blocks_per_program, blocks)
+    block_at, num_listed = _page_list(
+        choice_ref, at, group, pages=pages, blocks=blocks, num_blocks=num_blocks, block_size=block_size,
+        groups_per_index_head=groups_per_index_head, init_blocks=init_blocks, local_blocks=local_blocks,
+    )  # fmt: skip
+    stop = jnp.minimum(first + blocks_per_program, num_listed)
     stop = jnp.where(is_padding | (at.num_rows == 0), first, stop)
-
-    def block_at(i):
-        i = jnp.minimum(i, blocks - 1)
-        if is_dense:
-            return i
-        return selected_ref[group, jnp.minimum(at.first_row, num_tokens - 1), i]
 
     def page_of(block):
         return tables_ref[request, jnp.clip(block, 0, num_blocks - 1)]
@@ -148,7 +169,7 @@ def _attend_kernel(
         seen = (key[None, :] <= position[:, None]) & (block >= 0)
         scores = jnp.where(seen, scores, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1) * scale)
-        shift = jnp.where(new_top == -jnp.inf, 0.0, new_top)  # nothing seen yet: exp2(-inf - 0) = 0
+        shift = jnp.where(new_top == -jnp.inf, 0.0, new_top)  # nothing seen yet: 2 ** (-inf - 0) = 0
         weights = exp2_scaled(scores, scale, shift, interpret=interpret)
         rescale = jnp.exp2(top - shift)
         # what no request owns may be NaN, and 0 * NaN is NaN: such values are read as zeros
@@ -191,18 +212,35 @@ def _attend_kernel(
     result = acc * (1.0 / jnp.where(total == 0, 1.0, total))[:, None]
 
     writes = live if fresh else live & ~is_padding
-    to_row = jnp.where(writes, flat, num_tokens)  # out of range where nothing is written
-    if splits == 1:
+
+    def write(result):
+        to_row = jnp.where(writes, flat, num_tokens)  # out of range where nothing is written
         plgpu.store(
             out_ref.at[to_row[:, None], (group * rows_per_token + head)[:, None], channel[None, :]],
             result.astype(out_ref.dtype),
             mask=jnp.broadcast_to(writes[:, None], (rows, head_dim)),
         )
-        return
-    plgpu.store(
-        out_ref.at[to_row[:, None], group, split, head[:, None], channel[None, :]],
-        result.astype(out_ref.dtype),
-        mask=jnp.broadcast_to(writes[:, None], (rows, head_dim)),
-    )
-    lse = jnp.where(total == 0, -jnp.inf, top + jnp.log2(jnp.where(total == 0, 1.0, total)))
-    plgpu.store(lse_ref.at[to_row, group, split, head], lse, mask=writes)
+
+    if splits == 1:
+        write(result)
+    else:
+        lse = jnp.where(total == 0, -jnp.inf, top + jnp.log2(jnp.where(total == 0, 1.0, total)))
+        merge_last_program(result, lse, merge_refs, (tile_id, group, split), splits, write, interpret=interpret)
+
+
+def _page_list(
+    choice_ref, at: Tile, group, *, pages, blocks, num_blocks, block_size, groups_per_index_head, init_blocks,
+    local_blocks,
+):  # fmt: skip
+    """(function from place in the list to block, length of the list)."""
+    own = lax.shift_right_arithmetic(at.first_position + at.num_rows - 1, block_size.bit_length() - 1)
+    if pages == "dense":
+        return (lambda i: i), own + 1
+    if pages == "selected":
+        return (lambda i: choice_ref[group, at.first_row, jnp.minimum(i, blocks - 1)]), blocks
+    index_head = lax.div(group, groups_per_index_head)
+    ranked, rank = rank_blocks(
+        lambda block: choice_ref[index_head, at.first_row, block], own, num_blocks,
+        init_blocks=init_blocks, local_blocks=local_blocks,
+    )  # fmt: skip
+    return (lambda i: jnp.sum(jnp.where(rank == i, ranked, 0))), jnp.minimum(own + 1, blocks)

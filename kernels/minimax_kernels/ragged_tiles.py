@@ -45,11 +45,12 @@ def locate_tile(
     begins = starts_ref[jnp.minimum(ids, num_requests)]
     ends = starts_ref[jnp.minimum(ids + 1, num_requests)]
     ends = jnp.where(ids == num_requests, num_tokens, ends)
-    if tile == 1:
-        tiles_of, tile_ends = ends - begins, ends
-    else:
-        tiles_of = lax.shift_right_arithmetic(ends - begins + (tile - 1), shift)
-        tile_ends = jnp.cumsum(tiles_of)
+    if tile == 1:  # the tile is the row: what depends on the row alone need not wait for the search
+        request = jnp.minimum(jnp.sum((ends <= tile_id).astype(jnp.int32)), num_requests)
+        known = jnp.minimum(request, num_requests - 1)
+        return Tile(request, tile_id, jnp.int32(1), kv_lens_ref[known] - starts_ref[known + 1] + tile_id)
+    tiles_of = lax.shift_right_arithmetic(ends - begins + (tile - 1), shift)
+    tile_ends = jnp.cumsum(tiles_of)
     before = tile_ends <= tile_id
     request = jnp.minimum(jnp.sum(before.astype(jnp.int32)), num_requests)
     offset = (tile_id - jnp.sum(jnp.where(before & (ids <= num_requests), tiles_of, 0))) * tile

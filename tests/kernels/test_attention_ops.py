@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,118 +10,56 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy_ops import SHAPES, Shape, samples
+from op_checks import (
+    SCALE,
+    check_dense_attention,
+    check_index_score,
+    check_msa,
+    check_select_blocks,
+    check_sparse_attention,
+    jitted,
+)
 
 import minimax_kernels as mk
 
-SCALE = 0.35
-SENTINEL = 777.0
 EXAMPLES = settings(max_examples=12)
 each_shape = pytest.mark.parametrize("name", SHAPES)
-
-
-@functools.cache
-def jitted(op, **options):
-    return jax.jit(functools.partial(getattr(mk, op), **options))
-
-
-def options_of(shape: Shape) -> dict[str, int]:
-    return {"topk": shape.topk, "init_blocks": shape.init, "local_blocks": shape.local}
-
-
-def check_attended(result, sentinel_result, expected, live):
-    """Equal to NumPy; rows without a token are zero, or what `out` held there."""
-    result, kept = np.asarray(result), np.asarray(sentinel_result)
-    np.testing.assert_allclose(result, expected, atol=2e-5)
-    assert not result[~live].any()
-    np.testing.assert_array_equal(kept[live], result[live])
-    assert (kept[~live] == SENTINEL).all()
-
-
-def check_selected(selected, chosen, topk):
-    selected = np.asarray(selected)
-    assert selected.dtype == np.int32 and selected.shape == (len(chosen), len(chosen[0]), topk)
-    for head, rows in enumerate(chosen):
-        for row, blocks in enumerate(rows):
-            ids = selected[head, row]
-            assert set(ids[: len(blocks)].tolist()) == blocks, (head, row)
-            assert (ids[len(blocks) :] == -1).all(), (head, row)
 
 
 @each_shape
 @EXAMPLES
 @given(data=st.data())
 def test_index_score(name, data):
-    s = data.draw(samples(SHAPES[name]))
-    scores = jitted("index_score")(s.idx_q, s.index_cache, s.batch)
-    assert scores.dtype == jnp.float32
-    np.testing.assert_allclose(scores, numpy_ops.index_score(s), atol=1e-5)
+    check_index_score(data.draw(samples(SHAPES[name])))
 
 
 @each_shape
 @EXAMPLES
 @given(data=st.data())
 def test_select_blocks_with_ties(name, data):
-    """Scores of few values: ties are everywhere, and the lower block wins them."""
-    shape = SHAPES[name]
-    s = data.draw(samples(shape))
-    random = np.random.default_rng(data.draw(st.integers(0, 1000)))
-    scores = np.full((shape.Hi, shape.T, shape.N), -np.inf, np.float32)
-    for row, _, position in s.rows():
-        visible = position // shape.B + 1
-        scores[:, row, :visible] = random.integers(-2, 2, (shape.Hi, visible))
-    scores[:, ~s.live] = random.choice([np.nan, 5.0, -np.inf], (shape.Hi, (~s.live).sum(), shape.N))
-    selected = jitted("select_blocks", **options_of(shape))(scores, s.batch)
-    check_selected(selected, numpy_ops.select_blocks(s, scores), shape.topk)
+    check_select_blocks(data.draw(samples(SHAPES[name])), data.draw(st.integers(0, 1000)))
 
 
 @each_shape
 @EXAMPLES
 @given(data=st.data())
 def test_dense_attention(name, data):
-    s = data.draw(samples(SHAPES[name]))
-    run = jitted("dense_attention", scale=SCALE)
-    out = np.full_like(s.q, SENTINEL)
-    result, kept = (run(s.q, s.k_cache, s.v_cache, s.batch, out=o) for o in (None, out))
-    check_attended(result, kept, numpy_ops.attention(s, SCALE), s.live)
+    check_dense_attention(data.draw(samples(SHAPES[name])))
 
 
 @each_shape
 @EXAMPLES
 @given(data=st.data())
 def test_sparse_attention_of_any_selection(name, data):
-    """Arbitrary selections, empty ones too, per KV head or finer; ids past a token's own block add nothing."""
-    shape = SHAPES[name]
-    s = data.draw(samples(shape))
-    random = np.random.default_rng(data.draw(st.integers(0, 1000)))
-    heads = max(shape.Hkv, shape.Hi)
-    chosen = [[set() for _ in range(shape.T)] for _ in range(heads)]
-    for row, _, _ in s.rows():
-        for head in range(heads):
-            count = random.integers(0, min(shape.topk, shape.N) + 1)
-            chosen[head][row] = set(random.choice(shape.N, count, replace=False).tolist())
-    selected = numpy_ops.as_selection(chosen, shape.topk, random)
-    selected[:, ~s.live] = random.integers(-1, shape.N, (heads, (~s.live).sum(), shape.topk))
-    run = jitted("sparse_attention", scale=SCALE)
-    out = np.full_like(s.q, SENTINEL)
-    result, kept = (run(s.q, s.k_cache, s.v_cache, selected, s.batch, out=o) for o in (None, out))
-    check_attended(result, kept, numpy_ops.attention(s, SCALE, chosen), s.live)
+    check_sparse_attention(data.draw(samples(SHAPES[name])), data.draw(st.integers(0, 1000)))
 
 
 @each_shape
 @EXAMPLES
 @given(data=st.data(), ties=st.booleans())
 def test_msa(name, data, ties):
-    """The whole of it; index keys of -1, 0 and 1 give exact ties (their dot products have no rounding)."""
-    shape = SHAPES[name]
-    s = data.draw(samples(shape, ties=ties))
-    run = jitted("msa", scale=SCALE, **options_of(shape))
-    out = np.full_like(s.q, SENTINEL)
-    args = (s.q, s.k_cache, s.v_cache, s.idx_q, s.index_cache, s.batch)
-    result, kept = (run(*args, out=o) for o in (None, out))
-    chosen = numpy_ops.select_blocks(s, numpy_ops.index_score(s))
-    repeats = max(shape.Hkv // shape.Hi, 1)
-    chosen = [rows for rows in chosen for _ in range(repeats)]
-    check_attended(result, kept, numpy_ops.attention(s, SCALE, chosen), s.live)
+    """Index keys of -1, 0 and 1 give exact ties (their dot products have no rounding)."""
+    check_msa(data.draw(samples(SHAPES[name], ties=ties)))
 
 
 @EXAMPLES

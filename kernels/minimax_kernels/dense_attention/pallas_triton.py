@@ -37,5 +37,6 @@ def dense_attention(
         tile_size(num_tokens, batch.num_requests, most=128),
     )
     return attend_pages(
-        q, k_cache, v_cache, batch, selected=None, scale=scale, out=out, launch=launch, interpret=interpret
-    )
+        q, k_cache, v_cache, batch, groups=num_kv_heads, selection=None, scale=scale, out=out, launch=launch,
+        interpret=interpret,
+    )  # fmt: skip

@@ -37,12 +37,26 @@ def index_score(
     launch: ScoreLaunch | None = None,
 ) -> Float[Array, "Hi T N"]:
     """See `minimax_kernels.index_score`."""
+    if 0 in (idx_q.shape[0], batch.num_blocks, batch.num_requests):
+        return reference.index_score(idx_q, index_cache, batch)
+    (scores,) = score_and_clear(idx_q, index_cache, batch, 0, interpret=interpret, launch=launch)
+    return scores
+
+
+def score_and_clear(
+    idx_q: Float[Array, "T Hi D"],
+    index_cache: Float[Array, "P B D"],
+    batch: Batch,
+    num_counters: int,
+    *,
+    interpret: bool,
+    launch: ScoreLaunch | None = None,
+) -> tuple[Array, ...]:
+    """The scores; and, for `num_counters` > 0, zeros [T, num_counters] int32 that a kernel after this one counts in."""
     num_tokens, num_heads, head_dim = idx_q.shape
     block_size, num_blocks, num_requests = index_cache.shape[1], batch.num_blocks, batch.num_requests
     require_pages(idx_q, index_cache, block_size, head_dim, interpret=interpret)
     require_power_of_two("idx_q's Hi", num_heads, 64)
-    if 0 in (num_tokens, num_blocks, num_requests):
-        return reference.index_score(idx_q, index_cache, batch)
     mean_rows = tile_size(num_tokens, num_requests, most=2 * FEW_ROWS)
     launch = launch or score_launch(num_tokens, num_requests, num_blocks, num_heads, mean_rows)
     tile = launch.tile
@@ -52,12 +66,15 @@ def index_score(
     sizes: dict[str, Any] = {
         "num_requests": num_requests, "num_tokens": num_tokens, "num_heads": num_heads, "num_blocks": num_blocks,
         "block_size": block_size, "tile": tile, "blocks_per_program": launch.blocks_per_program,
-        "rows": rows, "keys_first": few,
+        "rows": rows, "keys_first": few, "num_counters": num_counters,
     }  # fmt: skip
+    out_shapes = [jax.ShapeDtypeStruct((num_heads, num_tokens, num_blocks), jnp.float32)]
+    if num_counters:
+        out_shapes.append(jax.ShapeDtypeStruct((num_tokens, num_counters), jnp.int32))
     return triton_call(
         functools.partial(_score_kernel, **sizes),
         (idx_q, index_cache, batch.block_tables, batch.query_starts, batch.kv_lens),
-        jax.ShapeDtypeStruct((num_heads, num_tokens, num_blocks), jnp.float32),
+        tuple(out_shapes),
         grid=(tiles, ceil_div(num_blocks, launch.blocks_per_program)),
         launch=launch.launch,
         name="index_score_few_rows" if few else "index_score_many_rows",
@@ -66,8 +83,9 @@ def index_score(
 
 
 def _score_kernel(
-    q_ref, index_ref, tables_ref, starts_ref, kv_lens_ref, out_ref,
-    *, rows, keys_first, num_requests, num_tokens, num_heads, num_blocks, block_size, tile, blocks_per_program,
+    q_ref, index_ref, tables_ref, starts_ref, kv_lens_ref, out_ref, *counters_ref,
+    rows, keys_first, num_requests, num_tokens, num_heads, num_blocks, block_size, tile, blocks_per_program,
+    num_counters,
 ):  # fmt: skip
     at = locate_tile(
         starts_ref, kv_lens_ref, pl.program_id(0), tile=tile, num_tokens=num_tokens, num_requests=num_requests
@@ -84,6 +102,15 @@ def _score_kernel(
         other=0.0,
     )
     position = at.first_position + token
+    if num_counters:
+
+        @pl.when(pl.program_id(1) == 0)
+        def _clear():
+            cell = jnp.arange(next_power_of_two(tile * num_counters), dtype=jnp.int32)
+            inside = lax.div(cell, num_counters) < at.num_rows
+            to_row = jnp.where(inside, at.first_row + lax.div(cell, num_counters), num_tokens)
+            plgpu.store(counters_ref[0].at[to_row, lax.rem(cell, num_counters)], jnp.zeros_like(cell), mask=inside)
+
     is_padding = at.request == num_requests
     request = jnp.minimum(at.request, num_requests - 1)
     begin = pl.program_id(1) * blocks_per_program

@@ -5,10 +5,15 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from minimax_kernels.batch import Batch
-from minimax_kernels.index_score import pallas_triton as index_score
-from minimax_kernels.select_blocks import pallas_triton as select_blocks
-from minimax_kernels.sparse_attention import pallas_triton as sparse_attention
+from minimax_kernels.batch import Batch, tile_size
+from minimax_kernels.index_score.pallas_triton import index_score, score_and_clear
+from minimax_kernels.launch_table import MOST_RANKED_BLOCKS, attend_launch
+from minimax_kernels.msa import reference
+from minimax_kernels.paged_softmax import Selection, attend_pages
+from minimax_kernels.select_blocks.pallas_triton import select_blocks
+from minimax_kernels.sparse_attention.pallas_triton import FEW_QUERIES, sparse_attention
+from minimax_kernels.triton_call import ceil_div
+from minimax_kernels.triton_support import require_pages
 
 
 def msa(
@@ -26,13 +31,38 @@ def msa(
     out: Float[Array, "T Hq D"] | None,
     interpret: bool = False,
 ) -> Float[Array, "T Hq D"]:
-    """See `minimax_kernels.msa`."""
-    scores = index_score.index_score(idx_q, index_cache, batch, interpret=interpret)
-    selected = select_blocks.select_blocks(
-        scores, batch, topk=topk, init_blocks=init_blocks, local_blocks=local_blocks, interpret=interpret
+    """See `minimax_kernels.msa`.
+
+    Few queries a request: two launches (score; select and attend) up to 256 blocks a request, three beyond
+    (score, select, attend). Many: score, select, and attention page by page.
+    """
+    num_tokens, index_heads = idx_q.shape[:2]
+    num_kv_heads = k_cache.shape[1]
+    groups = max(num_kv_heads, index_heads)
+    shared_by = groups // index_heads  # groups that one index head serves
+    require_pages(q, k_cache, k_cache.shape[2], q.shape[2], interpret=interpret)
+    if 0 in (num_tokens, batch.num_blocks, batch.num_requests):
+        return reference.msa(
+            q, k_cache, v_cache, idx_q, index_cache, batch, scale=scale, topk=topk, init_blocks=init_blocks,
+            local_blocks=local_blocks, out=out,
+        )  # fmt: skip
+    options = {"topk": topk, "init_blocks": init_blocks, "local_blocks": local_blocks}
+    if tile_size(num_tokens, batch.num_requests) > FEW_QUERIES:
+        scores = index_score(idx_q, index_cache, batch, interpret=interpret)
+        selected = select_blocks(scores, batch, **options, interpret=interpret)
+        selected = jnp.repeat(selected, shared_by, axis=0) if shared_by > 1 else selected
+        return sparse_attention(q, k_cache, v_cache, selected, batch, scale=scale, out=out, interpret=interpret)
+    launch = attend_launch(num_tokens, groups, topk)
+    is_split = ceil_div(topk, launch.blocks_per_program) > 1
+    scores, *counters = score_and_clear(
+        idx_q, index_cache, batch, groups if is_split else 0, interpret=interpret
     )
-    shared_by = max(k_cache.shape[1] // idx_q.shape[1], 1)  # KV heads that one index head serves
-    selected = jnp.repeat(selected, shared_by, axis=0) if shared_by > 1 else selected
-    return sparse_attention.sparse_attention(
-        q, k_cache, v_cache, selected, batch, scale=scale, out=out, interpret=interpret
-    )
+    if batch.num_blocks <= MOST_RANKED_BLOCKS:
+        selection = Selection(scores=scores, **options)
+    else:
+        selected = select_blocks(scores, batch, **options, interpret=interpret)
+        selection = Selection(topk, blocks=jnp.repeat(selected, shared_by, axis=0) if shared_by > 1 else selected)
+    return attend_pages(
+        q, k_cache, v_cache, batch, groups=groups, selection=selection, scale=scale, out=out, launch=launch,
+        interpret=interpret, counters=counters[0] if counters else None,
+    )  # fmt: skip

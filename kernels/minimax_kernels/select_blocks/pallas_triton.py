@@ -22,8 +22,8 @@ from minimax_kernels.launch_table import SELECT_CHUNK, SELECT_LAUNCH
 from minimax_kernels.select_blocks import reference
 from minimax_kernels.triton_call import next_power_of_two, triton_call
 
-_LOWEST = -(2**31)  # key of what cannot be chosen
-_FORCED = 0x7F800000  # key of +inf: above every number, below NaN
+LOWEST = -(2**31)  # key of what cannot be chosen
+FORCED = 0x7F800000  # key of +inf: above every number, below NaN
 _NAN = 0x7FFFFFFF
 _NO_BLOCK = 2**31 - 1
 
@@ -101,14 +101,14 @@ def _select_kernel(
 
     width = next_power_of_two(topk)
     slot = jnp.arange(width, dtype=jnp.int32)
-    best_key = jnp.where(slot < topk, _LOWEST, _NAN)  # lanes past topk are never the worst
+    best_key = jnp.where(slot < topk, LOWEST, _NAN)  # lanes past topk are never the worst
     best_block = jnp.full((width,), -1, jnp.int32)
 
     def merge_chunk(i, best):
         block, values = load(i * chunk)
         visible = values != -jnp.inf
         forced = visible & ((block < init_blocks) | (block > own - local_blocks))
-        keys = jnp.where(forced, _FORCED, jnp.where(visible, sortable(values), _LOWEST))
+        keys = jnp.where(forced, FORCED, jnp.where(visible, sortable(values), LOWEST))
         return take_best(keys, block, *best)
 
     best_key, best_block = lax.fori_loop(0, chunks, merge_chunk, (best_key, best_block))
@@ -133,7 +133,7 @@ def take_best(keys, block, best_key, best_block):
         place = jnp.min(jnp.where(is_worst & (best_block == evicted), slot, _NO_BLOCK))
         best_key = jnp.where(slot == place, top, best_key)
         best_block = jnp.where(slot == place, taken, best_block)
-        keys = jnp.where(block == taken, _LOWEST, keys)
+        keys = jnp.where(block == taken, LOWEST, keys)
         return keys, best_key, best_block, jnp.max(keys), jnp.min(best_key)
 
     state = (keys, best_key, best_block, jnp.max(keys), jnp.min(best_key))

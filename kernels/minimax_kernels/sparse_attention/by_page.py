@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from minimax_kernels.batch import Batch
 from minimax_kernels.exponential import LOG2_E, exp2_scaled
@@ -49,14 +49,14 @@ def attend_by_page(
     chunk = max(launch.workspace_bytes // pair_bytes, 1)
     num_chunks = ceil_div(num_tokens, chunk)
     chunk = ceil_div(num_tokens, num_chunks)
-    request, position = row_positions(batch, num_tokens)
+    request, live = row_requests(batch, num_tokens)
     if out is None:
         out = None if num_chunks == 1 else jnp.zeros_like(q)
     for first in range(0, num_tokens, chunk):
         tokens = min(chunk, num_tokens - first)
         window = slice(first, first + tokens)
         partial, lse = _attend_chunk(
-            q, k_cache, v_cache, selected[:, window], batch, request[window], position[window], scale=scale,
+            q, k_cache, v_cache, selected[:, window], batch, request[window], live[window], scale=scale,
             first_token=first, launch=launch, interpret=interpret,
         )  # fmt: skip
         out = merge_partials(
@@ -66,19 +66,15 @@ def attend_by_page(
     return out
 
 
-def row_positions(batch: Batch, num_tokens: int) -> tuple[Int[Array, "T"], Int[Array, "T"]]:
-    """The request of each flat row (the last one for padding) and its position there (-1 for padding)."""
+def row_requests(batch: Batch, num_tokens: int) -> tuple[Int[Array, "T"], Bool[Array, "T"]]:
+    """The request of each flat row (the last one for padding), and whether it is a token at all."""
     rows = jnp.arange(num_tokens, dtype=jnp.int32)
-    starts = batch.query_starts.astype(jnp.int32)
-    request = jnp.sum(rows[:, None] >= starts[None, 1:], axis=1, dtype=jnp.int32)
-    request = jnp.minimum(request, batch.num_requests - 1)
-    past = batch.kv_lens - (starts[1:] - starts[:-1])
-    position = past[request] + rows - starts[request]
-    return request, jnp.where(rows < starts[-1], position, -1).astype(jnp.int32)
+    request = jnp.sum(rows[:, None] >= batch.query_starts[None, 1:], axis=1, dtype=jnp.int32)
+    return jnp.minimum(request, batch.num_requests - 1), rows < batch.query_starts[-1]
 
 
 def sort_pairs(
-    selected: Int[Array, "S T topk"], request: Int[Array, "T"], num_requests: int, num_blocks: int, live: Array
+    selected: Int[Array, "S T topk"], request: Int[Array, "T"], num_requests: int, num_blocks: int, live: Bool[Array, "T"]
 ) -> tuple[Int[Array, "S*T*topk"], Int[Array, "S*T*topk"]]:
     """Pairs (query, block) in the order of their pages: (key of each pair's page, the pair)."""
     groups = selected.shape[0]
@@ -91,13 +87,13 @@ def sort_pairs(
 
 
 def _attend_chunk(
-    q, k_cache, v_cache, selected, batch: Batch, request, position, *, scale, first_token, launch: PageLaunch, interpret
+    q, k_cache, v_cache, selected, batch: Batch, request, live, *, scale, first_token, launch: PageLaunch, interpret
 ):
     groups, tokens, topk = selected.shape
     _, num_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
     rows_per_token = num_heads // groups
-    keys, pairs = sort_pairs(selected, request, batch.num_requests, batch.num_blocks, position >= 0)
+    keys, pairs = sort_pairs(selected, request, batch.num_requests, batch.num_blocks, live)
     num_pairs = keys.shape[0]
     per_program = launch.pairs_per_program
     sizes: dict[str, Any] = {
@@ -108,7 +104,7 @@ def _attend_chunk(
     }  # fmt: skip
     return triton_call(
         functools.partial(_attend_kernel, **sizes),
-        (q, k_cache, v_cache, batch.block_tables, batch.kv_lens, position, keys, pairs),
+        (q, k_cache, v_cache, batch.block_tables, batch.query_starts, batch.kv_lens, keys, pairs),
         (
             jax.ShapeDtypeStruct((tokens, groups, topk, rows_per_token, head_dim), q.dtype),
             jax.ShapeDtypeStruct((tokens, groups, topk, rows_per_token), jnp.float32),
@@ -121,7 +117,7 @@ def _attend_chunk(
 
 
 def _attend_kernel(
-    q_ref, k_ref, v_ref, tables_ref, kv_lens_ref, position_ref, keys_ref, pairs_ref, partial_ref, lse_ref,
+    q_ref, k_ref, v_ref, tables_ref, starts_ref, kv_lens_ref, keys_ref, pairs_ref, partial_ref, lse_ref,
     *, num_pairs, num_requests, num_blocks, topk, tokens, rows_per_token, kv_share, block_size, per_program, rows,
     scale, first_token, interpret,
 ):  # fmt: skip
@@ -147,18 +143,24 @@ def _attend_kernel(
         page = tables_ref[request, block]
         kv_head = lax.div(group, kv_share)
         keys = k_ref[page, kv_head]
+        kv_len = kv_lens_ref[request]
         # what no request owns may be NaN, and 0 * NaN is NaN: such values are read as zeros
-        owned = block * block_size + key_in_page < kv_lens_ref[request]
+        owned = block * block_size + key_in_page < kv_len
         values = plgpu.load(
             v_ref.at[page, kv_head], mask=jnp.broadcast_to(owned[:, None], (block_size, head_dim)), other=0.0
         )
+        # a token's last visible key in this page is token + to_last_key
+        to_last_key = first_token + kv_len - starts_ref[request + 1] - block * block_size
+        first_pair = group * tokens * topk
+
+        def pair_at(index):
+            return pairs_ref[jnp.minimum(base + start + index, num_pairs - 1)] - first_pair
 
         def tile(i, carry):
-            index = i * queries + query
-            live = index < count
-            pair = pairs_ref[jnp.minimum(base + start + index, num_pairs - 1)]
-            token = lax.div(pair, topk) - group * tokens
-            choice = lax.rem(pair, topk)
+            pair, leading = carry  # of each row, and of the first; loaded one step ahead
+            following = pair_at((i + 1) * queries + query), pair_at((i + 1) * queries)
+            live = i * queries + query < count
+            token, choice = lax.div(pair, topk), lax.rem(pair, topk)
             q = q_ref[
                 jnp.where(live, first_token + token, first_token)[:, None],
                 (group * rows_per_token + head)[:, None],
@@ -167,12 +169,10 @@ def _attend_kernel(
             scores = lax.dot_general(q, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
             def causal(scores):
-                last_key = position_ref[jnp.where(live, token, 0)] - block * block_size
-                return jnp.where(key_in_page[None, :] <= last_key[:, None], scores, -jnp.inf)
+                return jnp.where(key_in_page[None, :] <= (token + to_last_key)[:, None], scores, -jnp.inf)
 
             # queries of a run stand in the order of their positions: if the first sees the whole page, all do
-            first = lax.div(pairs_ref[jnp.minimum(base + start + i * queries, num_pairs - 1)], topk) - group * tokens
-            sees_all = position_ref[first] - block * block_size >= block_size - 1
+            sees_all = lax.div(leading, topk) + to_last_key >= block_size - 1
             scores = lax.cond(sees_all, lambda scores: scores, causal, scores)
             top = jnp.max(scores, axis=1) * scale
             weights = exp2_scaled(scores, scale, jnp.where(top == -jnp.inf, 0.0, top), interpret=interpret)
@@ -189,9 +189,9 @@ def _attend_kernel(
             )
             lse = jnp.where(total == 0, -jnp.inf, top + jnp.log2(safe_total))
             plgpu.store(lse_ref.at[to_token, group, choice, head], lse, mask=live)
-            return carry
+            return following
 
-        lax.fori_loop(0, lax.div(count + queries - 1, queries), tile, 0)
+        lax.fori_loop(0, lax.div(count + queries - 1, queries), tile, (pair_at(query), pair_at(0)))
         following = start + count
         inside = (following < per_program) & (base + following < num_pairs)
         next_key = keys_ref[jnp.minimum(base + following, num_pairs - 1)]

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from minimax_kernels.batch import Batch, tile_size
 from minimax_kernels.launch_table import attend_launch, page_launch
-from minimax_kernels.paged_softmax import attend_pages
+from minimax_kernels.paged_softmax import Selection, attend_pages
 from minimax_kernels.sparse_attention import reference
 from minimax_kernels.sparse_attention.by_page import attend_by_page
 from minimax_kernels.triton_call import is_power_of_two
@@ -43,6 +43,6 @@ def sparse_attention(
             q, k_cache, v_cache, selected, batch, scale=scale, out=out, launch=launch, interpret=interpret
         )
     return attend_pages(
-        q, k_cache, v_cache, batch, selected=selected, scale=scale, out=out, interpret=interpret,
-        launch=attend_launch(num_tokens, groups, topk),
+        q, k_cache, v_cache, batch, groups=groups, selection=Selection(topk, blocks=selected), scale=scale, out=out,
+        interpret=interpret, launch=attend_launch(num_tokens, groups, topk),
     )  # fmt: skip

@@ -1,0 +1,191 @@
+"""The Pallas kernels in Pallas's interpreter, against NumPy on ragged batches whose foreign memory is NaN."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_ops
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy_ops import Shape, samples
+from op_checks import (
+    SCALE,
+    check_dense_attention,
+    check_index_score,
+    check_msa,
+    check_select_blocks,
+    check_sparse_attention,
+    jitted,
+    options_of,
+)
+
+import minimax_kernels as mk
+
+IMPL = "pallas_triton_interpret"
+EXAMPLES = settings(max_examples=4)  # the interpreter is slow, and so is compiling what it makes
+
+# Triton's blocks have sizes that are powers of two, from 16 on.
+SHAPES = {
+    "mixed": Shape(T=40, R=4, N=5, B=16, Hq=4, Hkv=2, Hi=2, topk=2, D=16),
+    "prefill of one": Shape(T=70, R=1, N=6, B=16, Hq=8, Hkv=1, Hi=1, topk=3, D=32, local=2),
+    "decode": Shape(T=5, R=5, N=7, B=16, Hq=8, Hkv=4, Hi=4, topk=3, D=16, init=1),
+    "verify": Shape(T=24, R=3, N=5, B=16, Hq=8, Hkv=2, Hi=1, topk=3, D=16),
+    "two index heads a kv head": Shape(T=40, R=2, N=5, B=16, Hq=8, Hkv=2, Hi=4, topk=4, D=16, init=1, local=2),
+    "more topk than blocks, no local": Shape(T=24, R=2, N=3, B=32, Hq=2, Hkv=2, Hi=2, topk=7, D=16, local=0),
+}
+each_shape = pytest.mark.parametrize("name", SHAPES)
+
+
+@each_shape
+@EXAMPLES
+@given(data=st.data())
+def test_index_score(name, data):
+    check_index_score(data.draw(samples(SHAPES[name])), IMPL)
+
+
+@each_shape
+@EXAMPLES
+@given(data=st.data())
+def test_select_blocks_with_ties(name, data):
+    check_select_blocks(data.draw(samples(SHAPES[name])), data.draw(st.integers(0, 1000)), IMPL)
+
+
+@each_shape
+@EXAMPLES
+@given(data=st.data())
+def test_dense_attention(name, data):
+    check_dense_attention(data.draw(samples(SHAPES[name])), IMPL)
+
+
+@each_shape
+@EXAMPLES
+@given(data=st.data())
+def test_sparse_attention_of_any_selection(name, data):
+    check_sparse_attention(data.draw(samples(SHAPES[name])), data.draw(st.integers(0, 1000)), IMPL)
+
+
+@each_shape
+@EXAMPLES
+@given(data=st.data(), ties=st.booleans())
+def test_msa(name, data, ties):
+    check_msa(data.draw(samples(SHAPES[name], ties=ties)), IMPL)
+
+
+@EXAMPLES
+@given(data=st.data(), dtype=st.sampled_from(["bfloat16", "float16"]))
+def test_narrow_types(data, dtype):
+    """Operands of 16 bits: scores in float32, attention accumulated in float32, probabilities rounded."""
+    s = data.draw(samples(SHAPES["mixed"]))
+    fields = ("q", "k_cache", "v_cache", "idx_q", "index_cache")
+    narrow = {name: jnp.asarray(getattr(s, name), dtype) for name in fields}
+    rounded = numpy_ops.Sample(**{**vars(s), **{name: np.asarray(x, np.float32) for name, x in narrow.items()}})
+    scores = jitted("index_score", impl=IMPL)(narrow["idx_q"], narrow["index_cache"], s.batch)
+    np.testing.assert_allclose(scores, numpy_ops.index_score(rounded), atol=1e-4)
+    attend = jitted("dense_attention", scale=SCALE, impl=IMPL)
+    result = attend(narrow["q"], narrow["k_cache"], narrow["v_cache"], s.batch)
+    assert result.dtype == dtype
+    expected = numpy_ops.attention(rounded, SCALE)
+    np.testing.assert_allclose(np.asarray(result, np.float32), expected, atol=2e-2)
+
+
+def test_repeats_are_equal_bit_for_bit():
+    s = fixed_sample("prefill of one")
+    run = jitted("msa", scale=SCALE, impl=IMPL, **options_of(s.shape))
+    args = (s.q, s.k_cache, s.v_cache, s.idx_q, s.index_cache, s.batch)
+    np.testing.assert_array_equal(*(np.asarray(run(*args)).view(np.uint32) for _ in range(2)))
+
+
+@pytest.mark.parametrize("width", [1, 2, 17, 300])
+@pytest.mark.parametrize("kind", ["ties", "NaN and inf", "rising"])
+def test_selection_of_many_blocks(width, kind):
+    """More blocks than the kernel may hold at once; NaN ranks highest, of equal scores the lower block wins."""
+    random = np.random.default_rng(width)
+    rows, topk = 6, 5
+    scores = {
+        "ties": random.integers(-2, 3, (2, rows, width)),
+        "NaN and inf": random.choice([np.nan, np.inf, 1.0, 2.0], (2, rows, width)),
+        "rising": np.broadcast_to(np.arange(width), (2, rows, width)),
+    }[kind].astype(np.float32)
+    own = random.integers(0, width, rows)
+    own[-1] = width - 1
+    scores = np.where(np.arange(width) <= own[:, None], scores, np.float32(-np.inf))
+    batch = mk.Batch(jnp.zeros((rows, width), jnp.int32), jnp.arange(rows + 1), jnp.asarray((own + 1) * 16))
+    options = {"topk": topk, "init_blocks": 1, "local_blocks": 1}
+    selected, expected = (
+        np.asarray(jitted("select_blocks", impl=impl, **options)(scores, batch)) for impl in (IMPL, "reference")
+    )
+    np.testing.assert_array_equal(np.sort(selected), np.sort(expected))
+    np.testing.assert_array_equal(selected >= 0, expected >= 0)  # valid ids first
+
+
+# ---- writes
+
+WRITES = {"one head": (9, 4, 1, 16, 16), "heads": (21, 5, 2, 16, 32), "one token": (1, 2, 4, 32, 16)}
+
+
+@pytest.mark.parametrize("name", WRITES)
+@settings(max_examples=6)
+@given(data=st.data(), cache_dtype=st.sampled_from(["float32", "bfloat16"]))
+def test_writes_touch_their_slots_alone(name, data, cache_dtype):
+    """Unique slots or -1; NaN rows of skipped tokens go nowhere; in place when donated."""
+    tokens, pages, heads, block, dim = WRITES[name]
+    every = data.draw(st.permutations(range(pages * block)))[:tokens]
+    skip = data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens))
+    slots = np.where(skip, -1, every)
+    random = np.random.default_rng(0)
+    new = random.standard_normal((3, tokens, heads, dim)).astype(np.float32)
+    new[:, slots < 0] = np.nan
+    k, v, idx_k = new[0], new[1], new[2, :, :1]
+    shapes = [(pages, heads, block, dim)] * 2 + [(pages, block, dim)]
+    before = [np.asarray(jnp.asarray(random.standard_normal(shape), cache_dtype)) for shape in shapes]
+    expected = [x.copy() for x in before]
+    for token, slot in enumerate(slots):
+        if slot >= 0:
+            page, offset = divmod(int(slot), block)
+            for cache, row in zip(expected, (k[token], v[token], idx_k[token, 0]), strict=True):
+                cache[(page, slice(None), offset) if cache.ndim == 4 else (page, offset)] = row.astype(cache.dtype)
+    slots = jnp.asarray(slots, jnp.int32)
+    donated = [jnp.asarray(x) for x in before]
+    pointers = [x.unsafe_buffer_pointer() for x in donated]
+    results = [
+        *donating("write_kv", 2)(*donated[:2], k, v, slots),
+        donating("write_index", 1)(donated[2], idx_k, slots),
+    ]
+    for result, wanted in zip(results, expected, strict=True):
+        assert result.dtype == cache_dtype
+        np.testing.assert_array_equal(result, wanted)
+    assert [x.unsafe_buffer_pointer() for x in results] == pointers
+
+
+@functools.cache
+def donating(op: str, caches: int):
+    return jax.jit(functools.partial(getattr(mk, op), impl=IMPL), donate_argnums=tuple(range(caches)))
+
+
+def fixed_sample(name: str) -> numpy_ops.Sample:
+    """Without hypothesis: one request of all rows behind a prefix, plus NaN everywhere else."""
+    shape = SHAPES[name]
+    random = np.random.default_rng(5)
+    length = shape.N * shape.B - 3
+    cache = (shape.P, shape.Hkv, shape.B, shape.D)
+    owned = np.zeros((shape.P, shape.B), bool)
+    owned[: shape.N] = np.arange(shape.N * shape.B).reshape(shape.N, shape.B) < length
+
+    def values(*size: int) -> np.ndarray:
+        return random.standard_normal(size).astype(np.float32)
+
+    return numpy_ops.Sample(
+        shape=shape,
+        tables=np.arange(shape.N)[None],
+        starts=np.array([0, shape.T]),
+        kv_lens=np.array([length]),
+        q=values(shape.T, shape.Hq, shape.D),
+        k_cache=np.where(owned[:, None, :, None], values(*cache), np.nan),
+        v_cache=np.where(owned[:, None, :, None], values(*cache), np.nan),
+        idx_q=values(shape.T, shape.Hi, shape.D),
+        index_cache=np.where(owned[..., None], values(shape.P, shape.B, shape.D), np.nan),
+    )
