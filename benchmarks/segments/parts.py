@@ -24,7 +24,6 @@ from benchmarks.segments.trace import Launch, overlap, profile
 from minimax_jax.attention import PagedAttention
 from minimax_jax.engine.segmented_prefill import FlatStep
 from minimax_jax.segmented.graphs import dump_options, graph_use
-from minimax_kernels import Batch
 
 FULL = Sizes(layers=8, prefill=(1024, 4096, 8192), decode=(1, 64), past=8192, repeats=10, rounds=5)
 TINY = Sizes(layers=3, prefill=(64, 128), decode=(1, 4), past=64, repeats=2, rounds=2)
@@ -84,12 +83,7 @@ class Bench:
 
 def compiled_whole(model: RankModel, label: str, step: FlatStep, options: Mapping[str, Any] | None = None) -> Any:
     """The whole step, compiled for this step's shapes."""
-    layout = step.layout
-    batch = Batch(*map(jnp.asarray, (layout.block_tables, layout.query_starts, layout.kv_lens)))
-    lowered = model.whole(label, options).lower(
-        model.leaves, model.pool.caches, step.tokens, step.positions, layout.slots, batch
-    )
-    return lowered.compile()
+    return model.whole(label, options).lower(*model.whole_arguments(step)).compile()
 
 
 def part_prefill(bench: Bench) -> None:

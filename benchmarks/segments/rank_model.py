@@ -16,7 +16,6 @@ from minimax_jax.cache import PagePool
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.engine.segmented_prefill import FlatStep, SegmentedPrefill
 from minimax_jax.model import abstract_model, merge_model, split_model
-from minimax_kernels import Batch
 
 
 def rank_config(layers: int, *, moe: bool, tiny: bool) -> MiniMaxM3Config:
@@ -116,12 +115,15 @@ class RankModel:
 
     def run_whole(self, whole: Any, step: FlatStep) -> jax.Array:
         """One step as one executable, its host-side preparation included."""
-        layout = step.layout
-        batch = Batch(*map(jnp.asarray, (layout.block_tables, layout.query_starts, layout.kv_lens)))
-        life = self.pool.epoch.value
-        hidden, caches = whole(self.leaves, self.pool.caches, step.tokens, step.positions, layout.slots, batch)
-        self.pool.store(caches, life)
+        hidden, caches = whole(*self.whole_arguments(step))
+        self.pool.store(caches, self.pool.epoch.value)
         return hidden
+
+    def whole_arguments(self, step: FlatStep) -> tuple[Any, ...]:
+        """What a whole step takes; tables and slots as the boundary's, padding included."""
+        runtime = self.attention.step(self.pool, step.layout)
+        tokens = len(step.tokens)
+        return self.leaves, self.pool.caches, step.tokens, step.positions, runtime.slots(tokens), runtime.batch
 
 
 @dataclasses.dataclass(frozen=True)

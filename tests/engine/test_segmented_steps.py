@@ -22,6 +22,7 @@ from minimax_jax import MiniMaxM3ForCausalLM
 from minimax_jax.attention import BoundaryAttend
 from minimax_jax.buckets import buckets_up_to
 from minimax_jax.cache import PagePool
+from minimax_jax.engine.cache_sizing import pages_that_fit, sized_pool
 from minimax_jax.engine.generation import generate_tokens
 from minimax_jax.model import merge_model
 from minimax_jax.segmented import BoundaryError, StaleCaptureError
@@ -227,20 +228,27 @@ def test_recapture_is_quick_and_recompiles_no_segment(model):
     assert steps.layers.stats().executables == 10
 
 
-def test_small_pool_then_final_pool_leaves_nothing_of_the_first(model):
+def test_small_pool_then_final_pool(model):
     """The two phases of cache sizing: capture over few pages, release, capture over the final ones."""
-    steps = segmented_steps(model, buckets=(16,))
-    pool = pool_of(model, 2)
-    steps.warm_up(model._leaves, pool)
-    small = jax.tree.leaves(pool.caches)
-    pool.resize(10, keep=False)
-    assert all(cache.is_deleted() for cache in small) and steps.layers.stats().captured == 0
-    steps.warm_up(model._leaves, pool)
+    steps = segmented_steps(model, buckets=(16, 32))
+    pool = sized_pool(steps, model._leaves, model.config, jnp.float32, num_pages=10)
+    stats = steps.layers.stats()
+    assert pool.num_pages == 10 and pool.epoch.value == 1
+    assert (stats.captured, stats.captures, stats.invalidations, stats.traces) == (2, 4, 1, 2)
     step = make_step(model.config, TABLES[:1], [14], [14])
-    expected = whole_hidden(model, pool_of(model), step)
     got = run_hidden(steps, model, pool, step)
     assert steps.layers.stats().replays == 1
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got, whole_hidden(model, pool_of(model), step), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="num_pages: must be given"):
+        sized_pool(steps, model._leaves, model.config, jnp.float32)
+
+
+def test_pages_fill_the_memory_that_is_left():
+    assert pages_that_fit(total=1000, peak=500, small_pool=100, page_bytes=50, fraction=0.9) == 10
+    with pytest.raises(ValueError, match="does not hold one page of 50 bytes"):
+        pages_that_fit(total=1000, peak=960, small_pool=100, page_bytes=50, fraction=0.9)
+    with pytest.raises(ValueError, match=r"memory_fraction = 1.5: must be within \(0, 1\]"):
+        pages_that_fit(total=1000, peak=960, small_pool=100, page_bytes=50, fraction=1.5)
 
 
 def test_two_hundred_resizes_leak_nothing(model):
