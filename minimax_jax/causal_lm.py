@@ -15,9 +15,10 @@ import numpy as np
 from flax import nnx
 
 from minimax_jax.attention import ReferenceAttend
+from minimax_jax.buckets import bucket
 from minimax_jax.checkpoint import load_state, save_state
 from minimax_jax.config import MiniMaxM3Config
-from minimax_jax.engine.buckets import bucket
+from minimax_jax.engine.execution import check_execution
 from minimax_jax.engine.generation import generate_tokens
 from minimax_jax.engine.generation_config import GenerationConfig
 from minimax_jax.engine.prompts import Prompts, is_torch_tensor, read_prompts
@@ -215,6 +216,7 @@ class MiniMaxM3ForCausalLM:
         seed: int = 0,
         eos_token_id: int | list[int] | None = None,
         streamer: Streamer | None = None,
+        execution: str = "auto",
     ) -> Any:
         """Continues prompts until each has met an end-of-text token or `max_new_tokens` are written.
 
@@ -227,6 +229,9 @@ class MiniMaxM3ForCausalLM:
             `max_position_embeddings`.
           eos_token_id: ids that end a row; -1 for none.
           streamer: receives the tokens as they come.
+          execution: "segmented" runs prompts as compiled segments around host-side attention, "whole" as one
+            executable, "eager" everything as segments at their exact sizes, for comparison; "auto" takes the
+            fastest. Tokens are the same up to rounding.
 
         Returns:
           [R, L + new] ids: the prompts as given, then the new tokens; a row that ended early, and prompts of
@@ -261,6 +266,7 @@ class MiniMaxM3ForCausalLM:
             max_new_tokens=budget,
             seed=seed,
             cache_dtype=self.dtype,
+            execution=check_execution(execution),
         )
         columns, ended = [], np.zeros(len(prompts.tokens), bool)
         try:

@@ -142,6 +142,13 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         default="auto",
         help="of weights and caches; auto: bfloat16 on an accelerator, float32 on a CPU (default: auto)",
     )
+    add(
+        "--execution",
+        choices=("auto", "segmented", "whole", "eager"),
+        default="auto",
+        help="how steps run: prompts as compiled segments around host-side attention, as one executable, or "
+        "everything as segments at exact sizes, uncaptured; auto takes the fastest (default: auto)",
+    )
     add("--ignore-eos", action="store_true", help="go on after end-of-text tokens (default: stop there)")
     add("--json", action="store_true", help="print one JSON object at the end instead of streaming (default: off)")
     parser.set_defaults(run=_generate)

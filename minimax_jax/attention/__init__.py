@@ -1,6 +1,18 @@
 """What runs where attention meets its context."""
 
+from minimax_jax.attention.boundary import ATTENTION, BoundaryAttend
+from minimax_jax.attention.layout import StepLayout, step_layout
 from minimax_jax.attention.reference import ReferenceAttend
+from minimax_jax.attention.runtime import PagedAttention, StepRuntime
 from minimax_jax.attention.traced import TracedAttend
 
-__all__ = ["ReferenceAttend", "TracedAttend"]
+__all__ = [
+    "ATTENTION",
+    "BoundaryAttend",
+    "PagedAttention",
+    "ReferenceAttend",
+    "StepLayout",
+    "StepRuntime",
+    "TracedAttend",
+    "step_layout",
+]

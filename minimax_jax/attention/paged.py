@@ -17,12 +17,17 @@ def attend_paged(
     index_cache: Float[Array, "P B Di"] | None,
     batch: Batch,
     *,
+    out: Float[Array, "T Hq D"] | None = None,
     impl: str | None = None,
 ) -> Float[Array, "T Hq*D"]:
-    """Block-sparse attention where there is an index branch, dense attention where there is none."""
+    """Block-sparse attention where there is an index branch, dense attention where there is none.
+
+    Args:
+      out: buffer for the result; rows without a token keep what they hold.
+    """
     scale = config.head_dim**-0.5
     if idx_q is None or index_cache is None:
-        attended = dense_attention(q, k_cache, v_cache, batch, scale=scale, impl=impl)
+        attended = dense_attention(q, k_cache, v_cache, batch, scale=scale, out=out, impl=impl)
     else:
         attended = msa(
             q,
@@ -35,6 +40,7 @@ def attend_paged(
             topk=config.index_topk_blocks,
             init_blocks=config.index_init_blocks,
             local_blocks=config.index_local_blocks,
+            out=out,
             impl=impl,
         )
     return attended.reshape(q.shape[0], -1)

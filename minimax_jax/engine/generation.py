@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from minimax_jax.cache import PagedCaches, allocate_pages
+from minimax_jax.attention import step_layout
+from minimax_jax.buckets import bucket
+from minimax_jax.cache import PagePool
 from minimax_jax.config import MiniMaxM3Config
-from minimax_jax.engine.buckets import bucket
+from minimax_jax.engine.execution import check_execution, prefill_execution
 from minimax_jax.engine.generation_config import GenerationConfig
 from minimax_jax.engine.sampler import SamplingState, sampling_state
-from minimax_jax.engine.steps import DecodeState, Steps
+from minimax_jax.engine.segmented_prefill import LEAST_BUCKET, FlatStep
+from minimax_jax.engine.steps import MAX_PREFILL_TOKENS, DecodeState, Steps
 from minimax_kernels import Batch
-
-MAX_PREFILL_TOKENS = 8192  # prompt tokens of one prefill step; longer prompts take several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +72,20 @@ def generate_tokens(
     seed: int,
     cache_dtype: DTypeLike,
     max_prefill_tokens: int = MAX_PREFILL_TOKENS,
+    execution: str = "auto",
+    pool: PagePool | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields the new tokens [R] of every step, at most `max_new_tokens` times.
 
     The step after the one that is yielded already runs on the device meanwhile. A row goes on after its
     end-of-text token; the caller decides when to stop.
+
+    Args:
+      execution: "segmented" runs prefill as segments around host-side attention and decode as one executable;
+        "whole" runs both as one executable each; "eager" runs both as segments at their exact sizes; "auto"
+        chooses the faster of the first two for each step.
+      pool: pages to use, at least as many as the sequences need; it may be resized between tokens. None for one of
+        its own, which is freed at the end.
     """
     num_rows = len(prompts)
     rows = bucket(num_rows)
@@ -83,58 +93,119 @@ def generate_tokens(
     # the last token is never written, so the longest context is one shorter than all tokens
     pages_of = [-(-(len(p) + max_new_tokens - 1) // block_size) for p in prompts]
     tables = block_tables(pages_of, rows)
-    caches = allocate_pages(config, bucket(sum(pages_of)), cache_dtype, leaves[0].sharding)
+    held = PagePool(config, bucket(sum(pages_of)), cache_dtype, leaves[0].sharding) if pool is None else pool
+    if held.num_pages < sum(pages_of):
+        raise ValueError(f"pool has {held.num_pages} pages: must have at least {sum(pages_of)} for these sequences")
     sampling = sampling_state(seed, rows, options.temperature, options.top_p, options.top_k, config.vocab_size)
-    static = {"greedy": options.greedy, "truncated": options.top_k > 0 or options.top_p < 1}
-
-    first = np.zeros(rows, np.int32)
-    for chunk in prefill_chunks([len(p) for p in prompts], max_prefill_tokens):
-        step_tokens, caches = _run_chunk(steps, leaves, caches, chunk, prompts, tables, block_size, sampling, static)
-        picked = np.asarray(step_tokens)
-        for request, _, end in chunk.parts:
-            if end == len(prompts[request]):
-                first[request] = picked[request]
-    kv_lens = np.zeros(rows, np.int32)
-    kv_lens[:num_rows] = [len(p) for p in prompts]
-    state = DecodeState(jnp.asarray(first), jnp.asarray(kv_lens), caches)
-    device_tables = jnp.asarray(tables)
-    yield first[:num_rows]  # at once: the first decode step may have to be compiled
-    pending: np.ndarray | None = None
-    for _ in range(max_new_tokens - 1):
-        state = steps.decode(leaves, state, device_tables, sampling, **static)
+    run = _Run(steps, leaves, held, tables, block_size, sampling, options, check_execution(execution))
+    try:
+        first = np.zeros(rows, np.int32)
+        for chunk in prefill_chunks([len(p) for p in prompts], max_prefill_tokens):
+            picked = np.asarray(run.prefill(chunk, prompts))
+            for request, _, end in chunk.parts:
+                if end == len(prompts[request]):
+                    first[request] = picked[request]
+        kv_lens = np.zeros(rows, np.int32)
+        kv_lens[:num_rows] = [len(p) for p in prompts]
+        yield first[:num_rows]  # at once: the first decode step may have to be compiled
+        decode = run.decode_eagerly if execution == "eager" else run.decode
+        pending: np.ndarray | None = None
+        for tokens in decode(first, kv_lens, num_rows, max_new_tokens - 1):
+            if pending is not None:
+                yield pending  # while the device works on the next token
+            pending = np.asarray(tokens)[:num_rows]
         if pending is not None:
-            yield pending  # while the device works on the next token
-        pending = np.asarray(state.tokens)[:num_rows]
-    if pending is not None:
-        yield pending
+            yield pending
+    finally:
+        if pool is None:
+            held.release()
 
 
-def _run_chunk(
-    steps: Steps,
-    leaves: list[jax.Array],
-    caches: PagedCaches,
-    chunk: _Chunk,
-    prompts: list[np.ndarray],
-    tables: np.ndarray,
-    block_size: int,
-    sampling: SamplingState,
-    static: dict[str, bool],
-) -> tuple[jax.Array, PagedCaches]:
-    """One prefill step: lays the chunk's tokens out flat, padded to a bucket."""
-    num_tokens, rows = bucket(chunk.num_tokens, 16), len(tables)
-    tokens = np.zeros(num_tokens, np.int32)
-    positions = np.zeros(num_tokens, np.int32)
-    slots = np.full(num_tokens, -1, np.int32)
-    query_lens, kv_lens = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-    at = 0
-    for request, start, end in chunk.parts:
-        own = np.arange(start, end, dtype=np.int32)
-        span = slice(at, at + end - start)
-        tokens[span] = prompts[request][start:end]
-        positions[span] = own
-        slots[span] = tables[request, own // block_size] * block_size + own % block_size
-        query_lens[request], kv_lens[request] = end - start, end
-        at += end - start
-    query_starts = np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)
-    batch = Batch(jnp.asarray(tables), jnp.asarray(query_starts), jnp.asarray(kv_lens))
-    return steps.prefill(leaves, caches, tokens, positions, slots, batch, sampling, **static)
+class _Run:
+    """One call's constants, and its steps."""
+
+    def __init__(
+        self,
+        steps: Steps,
+        leaves: list[jax.Array],
+        pool: PagePool,
+        tables: np.ndarray,
+        block_size: int,
+        sampling: SamplingState,
+        options: GenerationConfig,
+        execution: str,
+    ):
+        self._steps, self._leaves, self._pool = steps, leaves, pool
+        self._tables, self._block_size = tables, block_size
+        self._sampling, self._execution = sampling, execution
+        self._greedy, self._truncated = options.greedy, options.top_k > 0 or options.top_p < 1
+        self._platform = next(iter(leaves[0].devices())).platform
+
+    def prefill(self, chunk: _Chunk, prompts: list[np.ndarray]) -> jax.Array:
+        """One prefill step; returns the token after each request's part of it."""
+        query_lens, kv_lens = np.zeros(len(self._tables), np.int32), np.zeros(len(self._tables), np.int32)
+        for request, start, end in chunk.parts:
+            query_lens[request], kv_lens[request] = end - start, end
+        tokens = np.concatenate([prompts[request][start:end] for request, start, end in chunk.parts])
+        positions = np.concatenate([np.arange(start, end) for _, start, end in chunk.parts])
+        layout = step_layout(self._tables, query_lens, kv_lens, self._block_size)
+        step = FlatStep(tokens.astype(np.int32), positions.astype(np.int32), layout)
+        how = prefill_execution(self._execution, chunk.num_tokens, self._platform)
+        return self._whole_prefill(step) if how == "whole" else self._segmented(step, eager=how == "eager")
+
+    def _segmented(self, step: FlatStep, *, eager: bool) -> jax.Array:
+        return self._steps.segmented(
+            self._leaves,
+            self._pool,
+            step,
+            self._sampling,
+            greedy=self._greedy,
+            truncated=self._truncated,
+            eager=eager,
+        )
+
+    def _whole_prefill(self, step: FlatStep) -> jax.Array:
+        """Pads the step to a bucket and runs it as one executable."""
+        layout, live = step.layout, len(step.tokens)
+        padded = {name: np.zeros(bucket(live, LEAST_BUCKET), np.int32) for name in ("tokens", "positions", "slots")}
+        padded["tokens"][:live], padded["positions"][:live] = step.tokens, step.positions
+        padded["slots"][:live], padded["slots"][live:] = layout.slots, -1
+        batch = Batch(*map(jnp.asarray, (layout.block_tables, layout.query_starts, layout.kv_lens)))
+        life = self._pool.epoch.value
+        picked, caches = self._steps.prefill(
+            self._leaves,
+            self._pool.caches,
+            *padded.values(),
+            batch,
+            self._sampling,
+            greedy=self._greedy,
+            truncated=self._truncated,
+        )
+        self._pool.store(caches, life)
+        return picked
+
+    def decode(self, first: np.ndarray, kv_lens: np.ndarray, num_rows: int, count: int) -> Iterator[jax.Array]:
+        """Decode steps as one executable; tokens stay on the device from step to step."""
+        tokens, lengths, tables = jnp.asarray(first), jnp.asarray(kv_lens), jnp.asarray(self._tables)
+        for _ in range(count):
+            life = self._pool.epoch.value
+            state = self._steps.decode(
+                self._leaves,
+                DecodeState(tokens, lengths, self._pool.caches),
+                tables,
+                self._sampling,
+                greedy=self._greedy,
+                truncated=self._truncated,
+            )
+            self._pool.store(state.caches, life)
+            tokens, lengths = state.tokens, state.kv_lens
+            yield tokens
+
+    def decode_eagerly(self, first: np.ndarray, kv_lens: np.ndarray, num_rows: int, count: int) -> Iterator[jax.Array]:
+        """Decode steps as segments at their exact size; each waits for the last one's tokens."""
+        tokens, lengths = first[:num_rows], kv_lens[:num_rows]
+        for _ in range(count):
+            layout = step_layout(self._tables[:num_rows], np.ones(num_rows, np.int32), lengths + 1, self._block_size)
+            picked = self._segmented(FlatStep(tokens, lengths, layout), eager=True)
+            tokens, lengths = np.asarray(picked)[:num_rows], lengths + 1
+            yield picked

@@ -7,6 +7,7 @@ updated in place.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from minimax_jax.attention import TracedAttend
 from minimax_jax.cache import PagedCaches
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.engine.sampler import SamplingState, pick_tokens
+from minimax_jax.engine.segmented_prefill import SegmentedPrefill
 from minimax_jax.model import merge_model
 from minimax_kernels import Batch
 
@@ -37,6 +39,9 @@ class DecodeState:
     caches: PagedCaches
 
 
+MAX_PREFILL_TOKENS = 8192  # prompt tokens of one prefill step; longer prompts take several
+
+
 class Steps:
     """Compiled steps of one model. Shapes decide what is compiled; nothing retraces for other values.
 
@@ -49,6 +54,11 @@ class Steps:
         self._config, self._graphdef, self._names = config, graphdef, names
         self.prefill = jax.jit(self._prefill, donate_argnums=(1,), static_argnames=("greedy", "truncated"))
         self.decode = jax.jit(self._decode, donate_argnums=(1,), static_argnames=("greedy", "truncated"))
+
+    @functools.cached_property
+    def segmented(self) -> SegmentedPrefill:
+        """Prefill and mixed steps as segments; built when first asked for."""
+        return SegmentedPrefill(self._config, self._graphdef, self._names, max_tokens=MAX_PREFILL_TOKENS)
 
     def _model(self, leaves: list[Array]):
         return merge_model(self._graphdef, dict(zip(self._names, leaves, strict=True)))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from small_models import VOCAB, random_prompt, small_config, small_model
 
 from minimax_jax import GenerationConfig, MiniMaxM3ForCausalLM
-from minimax_jax.engine.buckets import bucket
+from minimax_jax.buckets import bucket
 from minimax_jax.engine.prompts import read_prompts
 
 

@@ -8,3 +8,11 @@ def bucket(size: int, least: int = 1) -> int:
     size = max(size, least)
     power = 1 << (size - 1).bit_length()
     return power * 3 // 4 if power >= 8 and size <= power * 3 // 4 else power
+
+
+def buckets_up_to(most: int, least: int = 1) -> tuple[int, ...]:
+    """All sizes that `bucket` gives for 1..most; the last one is `most` itself, so that nothing beyond is padded."""
+    sizes = [bucket(1, least)]
+    while sizes[-1] < most:
+        sizes.append(bucket(sizes[-1] + 1, least))
+    return (*(size for size in sizes if size < most), most)

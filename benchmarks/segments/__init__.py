@@ -1,0 +1,1 @@
+"""What segments cost and gain against one jit; see scripts/bench_segmented.py."""

@@ -1,0 +1,87 @@
+"""Kernels on a device's time axis, from JAX's profiler."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One kernel: name, stream, start and length in microseconds."""
+
+    name: str
+    stream: str
+    start: float
+    length: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Overlap:
+    """How busy the device was: kernels' times added up, time in which any ran, and from first to last."""
+
+    kernels: int
+    streams: int
+    added_us: float
+    busy_us: float
+    span_us: float
+
+    @property
+    def overlapped_us(self) -> float:
+        """Time saved by kernels that ran side by side."""
+        return self.added_us - self.busy_us
+
+
+def profile(run: Callable[[], jax.Array]) -> list[Launch]:
+    """The kernels of one step; empty where the profiler shows none, as on a CPU."""
+    jax.block_until_ready(run())
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            jax.block_until_ready(run())
+        files = sorted(Path(directory).rglob("*.trace.json.gz"))
+        return read_launches(json.loads(gzip.decompress(files[-1].read_bytes()))) if files else []
+
+
+def read_launches(trace: dict) -> list[Launch]:
+    """Events on the streams of a device."""
+    devices, threads = set(), {}
+    for event in trace.get("traceEvents", []):
+        if event.get("ph") != "M":
+            continue
+        name = str(event.get("args", {}).get("name", ""))
+        if event.get("name") == "process_name" and "GPU" in name:
+            devices.add(event["pid"])
+        elif event.get("name") == "thread_name":
+            threads[event["pid"], event["tid"]] = name
+    launches = [
+        Launch(event["name"], thread, float(event["ts"]), float(event.get("dur", 0.0)))
+        for event in trace.get("traceEvents", [])
+        if event.get("ph") == "X"
+        and event.get("pid") in devices
+        and "Stream" in (thread := threads.get((event["pid"], event["tid"]), ""))
+    ]
+    return sorted(launches, key=lambda launch: launch.start)
+
+
+def overlap(launches: list[Launch]) -> Overlap | None:
+    """Whether kernels ran side by side; None without any."""
+    if not launches:
+        return None
+    busy, end = 0.0, -1.0
+    for launch in launches:
+        stop = launch.start + launch.length
+        busy += max(0.0, stop - max(launch.start, end))
+        end = max(end, stop)
+    return Overlap(
+        len(launches),
+        len({launch.stream for launch in launches}),
+        sum(launch.length for launch in launches),
+        busy,
+        end - launches[0].start,
+    )

@@ -1,0 +1,144 @@
+"""What stands behind the attention boundary: compiled attention over the current pools, a layer at a time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from minimax_jax.attention.layout import StepLayout
+from minimax_jax.attention.paged import attend_paged
+from minimax_jax.buckets import bucket
+from minimax_jax.cache import PagePool
+from minimax_jax.config import MiniMaxM3Config
+from minimax_kernels import Batch, write_index, write_kv
+
+
+class PagedAttention:
+    """The attention executables of a model: write the new tokens, then attend, in place.
+
+    One for dense and one for sparse layers, compiled for each combination of tokens, requests and pages a request,
+    all of them bucketed, and for the pool's size.
+
+    Attributes:
+      traces: how often one was traced; steady serving leaves it unchanged.
+    """
+
+    def __init__(
+        self,
+        config: MiniMaxM3Config,
+        *,
+        impl: str | None = None,
+        compiler_options: Mapping[str, Any] | None = None,
+    ):
+        """
+        Args:
+          impl: which kernels to use, None for the best.
+          compiler_options: XLA's.
+        """
+        self.traces = 0
+        self._config, self._impl = config, impl
+        options = dict(compiler_options) if compiler_options else None
+        # pools and output buffer are donated: written where they lie
+        self._dense = jax.jit(self._dense_layer, donate_argnums=(0, 1, 2), compiler_options=options)
+        self._sparse = jax.jit(self._sparse_layer, donate_argnums=(0, 1, 2, 3), compiler_options=options)
+
+    def step(self, pool: PagePool, layout: StepLayout) -> StepRuntime:
+        """What the boundary needs for one step over a pool, in the pool's current life.
+
+        Raises:
+          ValueError: if a request's pages are not in the pool.
+        """
+        return StepRuntime(self, pool, layout, self._config.index_block_size)
+
+    def attend(
+        self,
+        runtime: StepRuntime,
+        layer_id: int,
+        q: Float[Array, "T Hq D"],
+        k: Float[Array, "T Hkv D"],
+        v: Float[Array, "T Hkv D"],
+        idx_q: Float[Array, "T Hi Di"] | None,
+        idx_k: Float[Array, "T 1 Di"] | None,
+        out: Float[Array, "T Hq*D"],
+    ) -> Float[Array, "T Hq*D"]:
+        """One layer: launches its executable over the pool's buffers and stores what comes back.
+
+        Rows of `out` past the live tokens keep what they hold. `out` is consumed.
+        """
+        k_cache, v_cache, index_cache = runtime.pool.layer(layer_id, runtime.life)
+        slots, batch = runtime.slots(q.shape[0]), runtime.batch
+        if idx_q is None or idx_k is None or index_cache is None:
+            k_cache, v_cache, out = self._dense(k_cache, v_cache, out, q, k, v, slots, batch)
+        else:
+            k_cache, v_cache, index_cache, out = self._sparse(
+                k_cache, v_cache, index_cache, out, q, k, v, idx_q, idx_k, slots, batch
+            )
+        runtime.pool.store_layer(layer_id, runtime.life, k_cache, v_cache, index_cache)
+        return out
+
+    def _dense_layer(self, k_cache, v_cache, out, q, k, v, slots, batch):
+        self.traces += 1
+        k_cache, v_cache = write_kv(k_cache, v_cache, k, v, slots, impl=self._impl)
+        out = self._into(out, q, k_cache, v_cache, None, None, batch)
+        return k_cache, v_cache, out
+
+    def _sparse_layer(self, k_cache, v_cache, index_cache, out, q, k, v, idx_q, idx_k, slots, batch):
+        self.traces += 1
+        k_cache, v_cache = write_kv(k_cache, v_cache, k, v, slots, impl=self._impl)
+        index_cache = write_index(index_cache, idx_k, slots, impl=self._impl)
+        out = self._into(out, q, k_cache, v_cache, idx_q, index_cache, batch)
+        return k_cache, v_cache, index_cache, out
+
+    def _into(self, out, q, k_cache, v_cache, idx_q, index_cache, batch):
+        return attend_paged(
+            self._config, q, k_cache, v_cache, idx_q, index_cache, batch, out=out.reshape(q.shape), impl=self._impl
+        )
+
+
+class StepRuntime:
+    """One step's plan over one life of a pool: what `BoundaryCall.runtime` is for the attention boundary.
+
+    Attributes:
+      attention: the executables.
+      pool: the pools; epoch and life: which life of theirs this step was prepared for.
+      layout: the requests.
+      batch: the same on the device, requests and pages a request rounded up to buckets.
+    """
+
+    def __init__(self, attention: PagedAttention, pool: PagePool, layout: StepLayout, block_size: int):
+        self.attention, self.pool, self.layout = attention, pool, layout
+        self.epoch, self.life = pool.epoch, pool.epoch.value
+        requests, pages = len(layout.kv_lens), -(-int(layout.kv_lens.max(initial=1)) // block_size)
+        rows, width = bucket(requests), bucket(pages)
+        tables = np.zeros((rows, width), np.int32)
+        shown = layout.block_tables[:, :width]
+        tables[:requests, : shown.shape[1]] = shown
+        held = np.arange(shown.shape[1]) < -(-layout.kv_lens[:, None] // block_size)
+        if held.any() and not 0 <= shown[held].min() <= shown[held].max() < pool.num_pages:
+            raise ValueError(
+                f"block_tables name pages {shown[held].min()}..{shown[held].max()}: must be within "
+                f"0..{pool.num_pages - 1}, the pool's"
+            )
+        starts = np.full(rows + 1, layout.num_tokens, np.int32)
+        starts[: requests + 1] = layout.query_starts
+        kv_lens = np.zeros(rows, np.int32)
+        kv_lens[:requests] = layout.kv_lens
+        self.batch = Batch(jnp.asarray(tables), jnp.asarray(starts), jnp.asarray(kv_lens))
+
+    @functools.cached_property
+    def _slots(self) -> dict[int, Int[Array, "T"]]:
+        return {}
+
+    def slots(self, rows: int) -> Int[Array, "T"]:
+        """The tokens' slots on the device, padded with -1 to the rows of a bucket."""
+        if rows not in self._slots:
+            padded = np.full(rows, -1, np.int32)
+            padded[: len(self.layout.slots)] = self.layout.slots
+            self._slots[rows] = jnp.asarray(padded)
+        return self._slots[rows]

@@ -1,0 +1,72 @@
+"""Two-phase cache sizing: capture over a small pool, measure, then the final pool."""
+
+from __future__ import annotations
+
+import jax
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from minimax_jax.cache import PagePool
+from minimax_jax.config import MiniMaxM3Config
+from minimax_jax.engine.segmented_prefill import SegmentedPrefill
+from minimax_jax.tensor_table import cache_bytes_per_token
+
+
+def sized_pool(
+    steps: SegmentedPrefill,
+    leaves: list[Array],
+    config: MiniMaxM3Config,
+    dtype: DTypeLike,
+    *,
+    num_pages: int | None = None,
+    memory_fraction: float = 0.9,
+) -> PagePool:
+    """A pool as large as the device allows, with every bucket of `steps` captured over it.
+
+    The steps are first warmed up and captured, largest first, over a pool that is just large enough; the peak of
+    memory then tells what is left. The small pool is freed, which invalidates the captures, before the final one
+    is made; capturing again compiles only what takes the pool itself.
+
+    Args:
+      num_pages: given, nothing is measured (a CPU tells no memory).
+      memory_fraction: of the device's memory, for everything.
+
+    Raises:
+      ValueError: if the device tells no memory and `num_pages` is None, or not even one sequence would fit.
+    """
+    block_size = config.index_block_size
+    small = -(-steps.layers.buckets[-1] // block_size)
+    pool = PagePool(config, small if num_pages is None else min(small, num_pages), dtype, leaves[0].sharding)
+    steps.warm_up(leaves, pool)
+    if num_pages is None:
+        page_bytes = block_size * cache_bytes_per_token(config, itemsize=jax.numpy.dtype(dtype).itemsize)
+        memory = next(iter(leaves[0].devices())).memory_stats()
+        if memory is None:
+            pool.release()
+            raise ValueError("num_pages: must be given, this device does not tell its memory")
+        num_pages = pages_that_fit(
+            memory["bytes_limit"], memory["peak_bytes_in_use"], pool.num_pages * page_bytes, page_bytes, memory_fraction
+        )
+    pool.resize(num_pages, keep=False)
+    steps.warm_up(leaves, pool)
+    return pool
+
+
+def pages_that_fit(total: int, peak: int, small_pool: int, page_bytes: int, fraction: float) -> int:
+    """Pages for which `fraction` of the memory has room beside everything else.
+
+    Args:
+      total: bytes of the device; peak: most bytes in use so far, those of the small pool included.
+
+    Raises:
+      ValueError: if there is no room for a page, or fraction is not within (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"memory_fraction = {fraction}: must be within (0, 1]")
+    room = int(fraction * total) - (peak - small_pool)
+    if room < page_bytes:
+        raise ValueError(
+            f"memory_fraction = {fraction}: of {total} bytes, {peak - small_pool} are taken by weights and steps, and "
+            f"the rest does not hold one page of {page_bytes} bytes"
+        )
+    return room // page_bytes

@@ -1,0 +1,356 @@
+"""Prefill and mixed steps through segments: equal to whole steps, bounded, invalidated, shared."""
+
+import gc
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from segmented_steps import (
+    assert_close_logits,
+    compilations,
+    logits_of,
+    make_step,
+    run_hidden,
+    segmented_steps,
+    whole_hidden,
+)
+from small_models import random_prompt, small_config, small_model
+
+from minimax_jax import MiniMaxM3ForCausalLM
+from minimax_jax.attention import BoundaryAttend
+from minimax_jax.buckets import buckets_up_to
+from minimax_jax.cache import PagePool
+from minimax_jax.engine.cache_sizing import pages_that_fit, sized_pool
+from minimax_jax.engine.generation import generate_tokens
+from minimax_jax.model import merge_model
+from minimax_jax.segmented import BoundaryError, StaleCaptureError
+
+TABLES = np.array([[5, 2, 7, 0], [1, 3, 9, 4]])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def steps(model):
+    return segmented_steps(model)
+
+
+def pool_of(model, pages=10):
+    return PagePool(model.config, pages, jnp.float32)
+
+
+def assert_same_pools(left, right):
+    for a, b in zip(jax.tree.leaves(left.caches), jax.tree.leaves(right.caches), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def check_equal(model, steps, parts):
+    """The parts (query_lens, kv_lens) in turn, against whole steps; three times over: warm-up, capture and replay."""
+    made = [make_step(model.config, TABLES[: len(kv)], new, kv, number) for number, (new, kv) in enumerate(parts)]
+    whole = pool_of(model)
+    expected = [whole_hidden(model, whole, step) for step in made]
+    outcomes = []
+    for _ in range(3):
+        pool = pool_of(model)
+        outcomes.append([run_hidden(steps, model, pool, step) for step in made])
+        assert_same_pools(pool, whole)
+    for got, other in zip(outcomes[0], expected, strict=True):
+        assert_close_logits(logits_of(model, got), logits_of(model, other))
+    for again in outcomes[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(outcomes[0], again, strict=True))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [([16], [16])],  # exactly a bucket
+        [([17, 12], [17, 12]), ([9, 1], [26, 13])],  # a prompt's next part beside a single token
+        [([1, 1], [1, 1]), ([1, 1], [2, 2])],  # nothing but single tokens
+        [([40, 25], [40, 25])],  # one above the largest bucket, 64
+    ],
+    ids=["exact", "mixed", "decode", "above"],
+)
+def test_segments_equal_whole_steps(model, steps, parts):
+    check_equal(model, steps, parts)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layer_types": ("minimax_m3_sparse",) * 2, "mlp_layer_types": ("sparse",) * 2},
+        {"layer_types": ("full_attention",) * 2, "mlp_layer_types": ("sparse", "dense"), "tie_word_embeddings": True},
+        {"num_key_value_heads": 4, "index_n_heads": 1, "index_topk_blocks": 1, "num_experts_per_tok": 1},
+    ],
+    ids=["all sparse", "all dense", "one index head"],
+)
+def test_segments_equal_whole_steps_for_other_configs(changes):
+    model = small_model(seed=5, **changes)
+    check_equal(model, segmented_steps(model), [([30, 2], [30, 2])])
+
+
+def test_replays_are_bit_equal_to_the_same_segments_run_eagerly(model, steps):
+    step = make_step(model.config, TABLES, [20, 12], [20, 12])  # 32 rows: the exact size is a bucket
+    eager = run_hidden(steps, model, pool_of(model), step, eager=True)
+    pool = pool_of(model)
+    for _ in range(3):
+        assert np.array_equal(run_hidden(steps, model, pool, step), eager)
+    assert steps.layers.stats().replays > 0
+
+
+def test_rows_past_the_live_ones_and_other_pages_are_left_alone(model, steps):
+    config = model.config
+    pool = pool_of(model)
+    pool.store(jax.tree.map(lambda p: jnp.full_like(p, 7), pool.caches), pool.epoch.value)
+    step = make_step(config, TABLES[:1], [20], [20])
+    runtime = steps.attention.step(pool, step.layout)
+    key = jax.random.key(0)
+    q = jax.random.normal(key, (32, config.num_attention_heads, config.head_dim))
+    k = jax.random.normal(key, (32, config.num_key_value_heads, config.head_dim))
+    idx_q = jax.random.normal(key, (32, config.index_n_heads, config.index_head_dim))
+    for layer_id, index in ((0, (None, None)), (1, (idx_q, idx_q[:, :1]))):
+        out = jnp.full((32, q.shape[1] * q.shape[2]), -1.0)
+        got = np.asarray(steps.attention.attend(runtime, layer_id, q, k, k, *index, out))
+        assert out.is_deleted()
+        assert (got[20:] == -1).all() and not (got[:20] == -1).any()
+    for pools in (pool.caches.k, pool.caches.v):
+        for cache in pools:
+            changed = np.argwhere((np.asarray(cache) != 7).any(axis=(1, 3)))  # (page, offset)
+            written = [(5, at) for at in range(16)] + [(2, at) for at in range(4)]
+            assert {tuple(place) for place in changed.tolist()} == set(written)
+
+
+def test_caches_are_written_in_place(model, steps):
+    pool = pool_of(model)
+    step = make_step(model.config, TABLES[:1], [16], [16])
+    before = pool.caches
+    places = [cache.unsafe_buffer_pointer() for cache in jax.tree.leaves(before)]
+    run_hidden(steps, model, pool, step)
+    assert all(cache.is_deleted() for cache in jax.tree.leaves(before))
+    assert [cache.unsafe_buffer_pointer() for cache in jax.tree.leaves(pool.caches)] == places
+
+
+def test_steady_serving_compiles_nothing_after_warm_up(model):
+    """Requests, their lengths, pages and tokens vary from step to step within an envelope that was warmed up."""
+    config = model.config
+    steps, pool = segmented_steps(model, max_tokens=16), pool_of(model)
+    rng = np.random.default_rng(3)
+    requests = [1, 2]
+    contexts = (1, 20, 40)  # 1, 2 and 3 pages a request, which is the bucket of 4
+
+    def serve(query_lens, kv_lens):
+        run_hidden(steps, model, pool, make_step(config, TABLES[: len(kv_lens)], query_lens, kv_lens))
+
+    steps.warm_up(model._leaves, pool)
+    for count in requests:
+        for rows in steps.layers.buckets:
+            for context in contexts:
+                lens = np.full(count, max(rows // count, 1))
+                serve(lens, np.maximum(lens, context))
+    before, traces = compilations(), steps.attention.traces
+    for _ in range(25):
+        count = int(rng.choice(requests))
+        query_lens = rng.integers(1, 16 // count + 1, count)
+        serve(query_lens, query_lens + rng.integers(0, 40, count))
+    assert compilations() == before and steps.attention.traces == traces
+    assert steps.layers.stats().traces == len(steps.layers.buckets)
+
+
+def test_resizing_while_generating_goes_on_with_the_same_tokens(model):
+    prompts = [np.array(random_prompt(n, seed=n), np.int32) for n in (33, 18)]
+
+    def tokens(execution, sizes):
+        pool = pool_of(model, 8)
+        stream = generate_tokens(
+            model._steps, model._leaves, model.config, prompts, model.generation_config, max_new_tokens=10, seed=0,
+            cache_dtype=jnp.float32, execution=execution, pool=pool,
+        )  # fmt: skip
+        result = []
+        for number, row in enumerate(stream):
+            result.append(row.tolist())
+            if number in sizes:
+                old = jax.tree.leaves(pool.caches)
+                pool.resize(sizes[number])
+                assert all(cache.is_deleted() for cache in old)
+        return result
+
+    expected = tokens("whole", {})
+    assert tokens("segmented", {0: 20, 3: 8, 4: 20}) == expected
+
+
+def test_every_stale_step_raises_and_the_next_one_serves(model, steps):
+    config, pool = model.config, pool_of(model)
+    step = make_step(config, TABLES, [10, 6], [10, 6])
+    expected = [run_hidden(steps, model, pool, step) for _ in range(3)][-1]
+    stale = steps.attention.step(pool, step.layout)
+    pool.resize(12)
+    for call in (steps.layers, steps.layers.eager):
+        with pytest.raises(StaleCaptureError):
+            call(model._leaves, step.tokens, step.positions, runtime=stale)
+    for _ in range(3):
+        assert np.array_equal(run_hidden(steps, model, pool, step), expected)
+    stale = steps.attention.step(pool, step.layout)
+    caches = pool.caches
+    pool.release()
+    assert all(cache.is_deleted() for cache in jax.tree.leaves(caches))
+    with pytest.raises(StaleCaptureError):
+        steps.layers(model._leaves, step.tokens, step.positions, runtime=stale)
+    with pytest.raises(StaleCaptureError, match="was released"):
+        _ = pool.caches
+    with pytest.raises(ValueError, match="must be within 0..-1"):
+        steps.attention.step(pool, step.layout)
+
+
+def test_recapture_is_quick_and_recompiles_no_segment(model):
+    tiny = MiniMaxM3ForCausalLM.from_pretrained("tiny", progress=False)
+    steps = segmented_steps(tiny, buckets=(16, 32))
+    pool = PagePool(tiny.config, 4, jnp.float32)
+    steps.warm_up(tiny._leaves, pool)
+    before = compilations()
+    pool.resize(4, keep=False)
+    steps.warm_up(tiny._leaves, pool)  # brings the allocator to its steady state
+    seconds = []
+    for _ in range(5):
+        pool.resize(4, keep=False)
+        start = time.perf_counter()
+        steps.warm_up(tiny._leaves, pool)
+        seconds.append(time.perf_counter() - start)
+    assert compilations() == before and steps.layers.stats().captured == 2
+    assert min(seconds) / 2 < 0.05
+    pool.resize(6, keep=False)
+    steps.warm_up(tiny._leaves, pool)
+    # only what takes the pool itself: attention of dense and of sparse layers, per bucket, and the pools' zeros
+    assert steps.attention.traces == 8 and compilations() - before <= 4 + 3
+    assert steps.layers.stats().executables == 10
+
+
+def test_small_pool_then_final_pool(model):
+    """The two phases of cache sizing: capture over few pages, release, capture over the final ones."""
+    steps = segmented_steps(model, buckets=(16, 32))
+    pool = sized_pool(steps, model._leaves, model.config, jnp.float32, num_pages=10)
+    stats = steps.layers.stats()
+    assert pool.num_pages == 10 and pool.epoch.value == 1
+    assert (stats.captured, stats.captures, stats.invalidations, stats.traces) == (2, 4, 1, 2)
+    step = make_step(model.config, TABLES[:1], [14], [14])
+    got = run_hidden(steps, model, pool, step)
+    assert steps.layers.stats().replays == 1
+    np.testing.assert_allclose(got, whole_hidden(model, pool_of(model), step), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="num_pages: must be given"):
+        sized_pool(steps, model._leaves, model.config, jnp.float32)
+
+
+def test_pages_fill_the_memory_that_is_left():
+    assert pages_that_fit(total=1000, peak=500, small_pool=100, page_bytes=50, fraction=0.9) == 10
+    with pytest.raises(ValueError, match="does not hold one page of 50 bytes"):
+        pages_that_fit(total=1000, peak=960, small_pool=100, page_bytes=50, fraction=0.9)
+    with pytest.raises(ValueError, match=r"memory_fraction = 1.5: must be within \(0, 1\]"):
+        pages_that_fit(total=1000, peak=960, small_pool=100, page_bytes=50, fraction=1.5)
+
+
+def test_two_hundred_resizes_leak_nothing(model):
+    steps, pool = segmented_steps(model, buckets=(16,)), pool_of(model)
+    step = make_step(model.config, TABLES[:1], [16], [16])
+
+    def cycle(pages):
+        pool.resize(pages, keep=False)
+        run_hidden(steps, model, pool, step)
+
+    for _ in range(3):
+        cycle(10), cycle(8)
+    gc.collect()
+    held, count = sum(x.nbytes for x in jax.live_arrays()), compilations()
+    for _ in range(100):
+        cycle(10), cycle(8)
+    gc.collect()
+    assert sum(x.nbytes for x in jax.live_arrays()) <= held and compilations() == count
+
+
+def test_two_functions_share_one_pool(model):
+    """The first writes a prompt's beginning, the second its end; resizing clears both."""
+    one, two = segmented_steps(model, buckets=(16,)), segmented_steps(model, buckets=(16,))
+    first = make_step(model.config, TABLES[:1], [16], [16], 1)
+    second = make_step(model.config, TABLES[:1], [10], [26], 2)
+    whole = pool_of(model)
+    whole_hidden(model, whole, first)
+    expected = whole_hidden(model, whole, second)
+    pool = pool_of(model)
+    for _ in range(3):
+        run_hidden(one, model, pool, first)
+        np.testing.assert_allclose(run_hidden(two, model, pool, second), expected, rtol=1e-4, atol=1e-4)
+    assert one.layers.stats().captured == two.layers.stats().captured == 1
+    pool.resize(11)
+    assert one.layers.stats().captured == two.layers.stats().captured == 0
+    np.testing.assert_allclose(run_hidden(two, model, pool, second), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sixty_layers_are_five_executables_and_build_in_an_eighth():
+    config = small_config(
+        num_hidden_layers=60,
+        layer_types=("full_attention",) * 3 + ("minimax_m3_sparse",) * 57,
+        mlp_layer_types=("dense",) * 3 + ("sparse",) * 57,
+    )
+    first = {"layer_types": config.layer_types[:4], "mlp_layer_types": config.mlp_layer_types[:4]}
+    four = MiniMaxM3ForCausalLM.from_config(config.replace(num_hidden_layers=4, **first)).state()
+    # layer 3 stands for all later ones: making 60 layers of random weights takes longer than the test
+    state = {}
+    for name, leaf in four.items():
+        state[name] = leaf
+        if name.startswith("layers.3."):
+            state |= {name.replace(".3.", f".{i}.", 1): leaf for i in range(4, 60)}
+    model = MiniMaxM3ForCausalLM(config, state)
+    steps, pool = segmented_steps(model, buckets=(16,)), PagePool(config, 2, jnp.float32)
+    run_hidden(steps, model, pool, make_step(config, np.zeros((1, 1), int), [16], [16]))
+    stats = steps.layers.stats()
+    assert stats.segments == 61 and stats.executables == 5
+    apart = sum(entry.executable.seconds for entry in steps.layers.program().entries)
+    assert stats.compile_seconds <= apart / 8
+
+
+def test_plain_jit_over_the_boundary_gives_the_same(model, steps):
+    step = make_step(model.config, TABLES[:1], [16], [16])
+    pool, other = pool_of(model), pool_of(model)
+    runtime = steps.attention.step(pool, step.layout)
+
+    @jax.jit
+    def run(leaves, tokens, positions):
+        merged = merge_model(model._graphdef, dict(zip(model._names, leaves, strict=True)))
+        return merged.run_layers(merged.embed(tokens), positions, BoundaryAttend(runtime))
+
+    got = run(model._leaves, step.tokens, step.positions)
+    assert_close_logits(logits_of(model, got), logits_of(model, whole_hidden(model, other, step)))
+    assert_same_pools(pool, other)
+
+
+def test_errors_name_the_layer_and_what_is_wrong(model, steps):
+    step = make_step(model.config, TABLES[:1], [16], [16])
+    arguments = (model._leaves, step.tokens, step.positions)
+    with pytest.raises(BoundaryError, match=r"'minimax_m3_attention'\(layer=0\) .*runtime is NoneType: must be a Step"):
+        steps.layers(*arguments)
+    with pytest.raises(ValueError, match=r"block_tables name pages 5..5: must be within 0..3"):
+        steps.attention.step(pool_of(model, 4), step.layout)
+    more = make_step(model.config, TABLES[:1], [17], [17])
+    with pytest.raises(BoundaryError, match="runtime has 17 tokens: must be at most 16"):
+        steps.layers(*arguments, runtime=steps.attention.step(pool_of(model), more.layout))
+    with pytest.raises(ValueError, match=r"query_lens = \[3\]: must be at most kv_lens = \[2\]"):
+        make_step(model.config, TABLES[:1], [3], [2])
+    with pytest.raises(ValueError, match="kv_lens has 65 tokens: must be at most 64"):
+        make_step(model.config, TABLES[:1], [3], [65])
+    assert np.isfinite(run_hidden(steps, model, pool_of(model), step)).all()
+
+
+def test_pools_refuse_to_be_empty(model):
+    with pytest.raises(ValueError, match="num_pages = 0: must be at least 1"):
+        pool_of(model, 0)
+    pool = pool_of(model)
+    with pytest.raises(ValueError, match="num_pages = -1"):
+        pool.resize(-1)
+    assert pool.num_pages == 10 and pool.epoch.value == 0
+
+
+def test_buckets_end_at_the_largest_step():
+    assert buckets_up_to(100, 16) == (16, 24, 32, 48, 64, 96, 100)
+    assert buckets_up_to(16, 16) == (16,) and buckets_up_to(10, 16) == (10,)
