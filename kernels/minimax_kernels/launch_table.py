@@ -63,7 +63,10 @@ class AttendLaunch:
 def attend_launch(num_tokens: int, groups: int, blocks: int) -> AttendLaunch:
     """For tokens with lists of `blocks` pages each: enough programs to fill the device."""
     splits = min(max(round(NUM_SMS * 2 / (num_tokens * groups)), 1), blocks, MOST_SPLITS)
-    return AttendLaunch(1, ceil_div(blocks, splits), 64, Launch(4, 2))
+    per_program = ceil_div(blocks, splits)
+    if per_program == 1:  # one step a program: nothing to pipeline
+        return AttendLaunch(1, 1, 128, Launch(4, 1))
+    return AttendLaunch(1, per_program, 64, Launch(4, 2))
 
 
 def dense_launch(num_tokens: int, num_requests: int, num_blocks: int, rows_per_token: int, groups: int, tile: int):
@@ -98,6 +101,8 @@ def page_launch(num_tokens: int, rows_per_token: int, groups: int, topk: int) ->
     queries = max(64 // rows_per_token, 1)
     tiles = ceil_div(num_tokens * topk * groups, queries)
     tiles_per_program = 1 << (min(max(tiles // (NUM_SMS * 4), 1), 16).bit_length() - 1)
-    return PageLaunch(queries * rows_per_token, queries * tiles_per_program, 1 << 30, Launch(4, 2))
+    return PageLaunch(queries * rows_per_token, queries * tiles_per_program, 1 << 30, Launch(4, 1))
+
+
 WRITE_TOKENS = 16  # tokens of a program that writes to pages
 WRITE_LAUNCH = Launch(num_warps=4, num_stages=1)

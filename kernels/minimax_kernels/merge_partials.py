@@ -103,9 +103,7 @@ def merge_partials(
     )
 
 
-def _merge_kernel(
-    partial_ref, lse_ref, starts_ref, *refs, parts, rows, step, fresh, has_selected, first_token
-):
+def _merge_kernel(partial_ref, lse_ref, starts_ref, *refs, parts, rows, step, fresh, has_selected, first_token):
     out_ref = refs[-1]
     token, group = pl.program_id(0), pl.program_id(1)
     width, lanes, head_dim = next_power_of_two(parts), next_power_of_two(step), partial_ref.shape[4]

@@ -41,6 +41,9 @@ def locate_tile(
     beforehand, hence no launch before the kernel.
     """
     shift = tile.bit_length() - 1
+    if tile == 1 and num_requests == 1:  # nothing to search
+        request = (tile_id >= starts_ref[1]).astype(jnp.int32)
+        return Tile(request, tile_id, jnp.int32(1), kv_lens_ref[0] - starts_ref[1] + tile_id)
     ids = jnp.arange(next_power_of_two(num_requests + 1), dtype=jnp.int32)
     begins = starts_ref[jnp.minimum(ids, num_requests)]
     ends = starts_ref[jnp.minimum(ids + 1, num_requests)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -145,39 +147,73 @@ def test_unknown_implementation(op):
 
 
 def refuse(*args, **kwargs):
-    raise NotImplementedError("only on a GPU")
+    raise NotImplementedError("not for this head count")
 
 
-def served(name):
-    return lambda *args, **kwargs: (name, args, kwargs)
+def twice(x, *, scale=1.0, out=None):
+    return 2.0 * scale * x if out is None else out + 2.0 * scale * x
 
 
-def test_dispatch_takes_the_first_that_serves_without_a_warning():
-    implementations = {"fast": served("fast"), "reference": served("reference")}
+def thrice(x, *, scale=1.0, out=None):
+    return 3.0 * scale * x if out is None else out + 3.0 * scale * x
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """The choice that is made where JAX's default device is a GPU; arrays still live on the CPU."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+def test_without_a_gpu_the_reference_serves_and_nothing_warns():
+    implementations = {"pallas_triton": refuse, "reference": twice}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert dispatch("op", implementations, None, 1, scale=2) == ("fast", (1,), {"scale": 2})
-        assert dispatch("op", implementations, "reference", 1) == ("reference", (1,), {})
+        assert dispatch("op", implementations, None, jnp.ones(2), scale=2.0).tolist() == [4.0, 4.0]
+        assert dispatch("op", implementations, "reference", jnp.ones(2)).tolist() == [2.0, 2.0]
 
 
-def test_dispatch_falls_back_with_one_warning():
-    implementations = {"fast": refuse, "faster": refuse, "reference": served("reference")}
+def test_with_a_gpu_arrays_on_the_cpu_take_the_reference(on_a_gpu):
+    """Decided when the call is lowered, eagerly and under jit, with array keywords."""
+    implementations = {"pallas_triton": thrice, "reference": twice}
+    call = functools.partial(dispatch, "op", implementations, None, scale=2.0)
+    assert call(jnp.ones(2)).tolist() == [4.0, 4.0]
+    assert jax.jit(call)(jnp.ones(2), out=jnp.ones(2)).tolist() == [5.0, 5.0]
+
+
+def test_lowered_for_cuda_the_kernel_is_chosen(on_a_gpu):
+    """The two differ in an operation that only one of them has."""
+    implementations = {"pallas_triton": lambda x: jnp.sin(x), "reference": lambda x: jnp.cos(x)}
+    traced = jax.jit(functools.partial(dispatch, "op", implementations, None)).trace(jnp.ones(2))
+    texts = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cuda", "cpu")}
+    assert "sine" in texts["cuda"] and "cosine" not in texts["cuda"]
+    assert "cosine" in texts["cpu"]
+
+
+def test_with_a_gpu_a_refusal_falls_back_with_one_warning(on_a_gpu):
+    implementations = {"pallas_triton": refuse, "reference": twice}
     with pytest.warns(UserWarning, match="op falls back to 'reference'") as caught:
-        assert dispatch("op", implementations, None, 1)[0] == "reference"
+        assert dispatch("op", implementations, None, jnp.ones(1)).tolist() == [2.0]
     assert len(caught) == 1
-    assert "fast: only on a GPU; faster: only on a GPU" in str(caught[0].message)
+    assert "not for this head count" in str(caught[0].message)
 
 
 def test_a_named_implementation_that_cannot_serve_raises():
-    with pytest.raises(NotImplementedError, match="only on a GPU"):
-        dispatch("op", {"fast": refuse, "reference": served("reference")}, "fast")
-    with pytest.raises(NotImplementedError, match="no implementation of op serves this call"):
-        dispatch("op", {"fast": refuse}, None)
+    with pytest.raises(NotImplementedError, match="not for this head count"):
+        dispatch("op", {"pallas_triton": refuse, "reference": twice}, "pallas_triton", jnp.ones(1))
 
 
-def test_dispatch_does_not_swallow_other_errors():
+def test_dispatch_does_not_swallow_other_errors(on_a_gpu):
     def broken(*args):
         raise TypeError("a bug")
 
     with pytest.raises(TypeError, match="a bug"):
-        dispatch("op", {"fast": broken, "reference": served("reference")}, None)
+        dispatch("op", {"pallas_triton": broken, "reference": twice}, None, jnp.ones(1))
+
+
+@pytest.mark.parametrize("op", ["index_score", "sparse_attention", "dense_attention", "msa"])
+def test_kernels_refuse_what_they_cannot_serve(op):
+    """float32 on a GPU (matrix instructions would round it), and pages that are no power of two."""
+    with pytest.raises(NotImplementedError, match="float32 is not one of bfloat16, float16"):
+        getattr(mk, op)(**ARGS[op], impl="pallas_triton")
+    with pytest.raises(NotImplementedError, match="head_dim = 8 is not a power of two from 16"):
+        getattr(mk, op)(**ARGS[op], impl="pallas_triton_interpret")

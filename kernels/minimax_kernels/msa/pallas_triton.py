@@ -54,9 +54,7 @@ def msa(
         return sparse_attention(q, k_cache, v_cache, selected, batch, scale=scale, out=out, interpret=interpret)
     launch = attend_launch(num_tokens, groups, topk)
     is_split = ceil_div(topk, launch.blocks_per_program) > 1
-    scores, *counters = score_and_clear(
-        idx_q, index_cache, batch, groups if is_split else 0, interpret=interpret
-    )
+    scores, *counters = score_and_clear(idx_q, index_cache, batch, groups if is_split else 0, interpret=interpret)
     if batch.num_blocks <= MOST_RANKED_BLOCKS:
         selection = Selection(scores=scores, **options)
     else:

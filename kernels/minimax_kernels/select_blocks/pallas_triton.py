@@ -70,9 +70,7 @@ def sortable(scores: Float[Array, "..."]) -> Int[Array, "..."]:
     return jnp.where(scores != scores, _NAN, ordered)
 
 
-def _select_kernel(
-    scores_ref, starts_ref, out_ref, *, num_tokens, num_blocks, chunk, topk, init_blocks, local_blocks
-):
+def _select_kernel(scores_ref, starts_ref, out_ref, *, num_tokens, num_blocks, chunk, topk, init_blocks, local_blocks):
     row, head = pl.program_id(0), pl.program_id(1)
     num_live = starts_ref[starts_ref.shape[0] - 1]
     num_chunks = -(-num_blocks // chunk)

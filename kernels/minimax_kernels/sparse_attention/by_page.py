@@ -168,16 +168,21 @@ def _attend_kernel(
         def pair_at(index):
             return pairs_ref[jnp.minimum(base + start + index, num_pairs - 1)] - first_pair
 
-        def tile(i, carry):
-            pair, leading = carry  # of each row, and of the first; loaded one step ahead
-            following = pair_at((i + 1) * queries + query), pair_at((i + 1) * queries)
-            live = i * queries + query < count
-            token, choice = lax.div(pair, topk), lax.rem(pair, topk)
-            q = q_ref[
-                jnp.where(live, first_token + token, first_token)[:, None],
+        def queries_of(pair):
+            return q_ref[
+                jnp.clip(first_token + lax.div(pair, topk), 0, q_ref.shape[0] - 1)[:, None],
                 (group * rows_per_token + head)[:, None],
                 channel[None, :],
             ]
+
+        def tile(i, carry):
+            # all were loaded one step ahead: the queries, and two steps ahead for the next: the pairs that name them
+            q, pair, next_pair, leading = carry
+            following = (
+                queries_of(next_pair), next_pair, pair_at((i + 2) * queries + query), pair_at((i + 1) * queries)
+            )  # fmt: skip
+            live = i * queries + query < count
+            token, choice = lax.div(pair, topk), lax.rem(pair, topk)
             scores = lax.dot_general(q, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
             def causal(scores):
@@ -203,7 +208,9 @@ def _attend_kernel(
             plgpu.store(lse_ref.at[to_token, group, choice, head], lse, mask=live)
             return following
 
-        lax.fori_loop(0, lax.div(count + queries - 1, queries), tile, (pair_at(query), pair_at(0)))
+        pair, next_pair = pair_at(query), pair_at(queries + query)
+        first = (queries_of(pair), pair, next_pair, pair_at(0))
+        lax.fori_loop(0, lax.div(count + queries - 1, queries), tile, first)
         following = start + count
         inside = (following < per_program) & (base + following < num_pairs)
         next_key = keys_ref[jnp.minimum(base + following, num_pairs - 1)]
