@@ -143,6 +143,7 @@ class _Plan:
         self.compiled: dict[str, Any] = {}
         self.refused: dict[str, str] = {}
         self.calls: dict[str, int] = {}
+        self.rounds: dict[str, int] = {}
 
     def needed(self) -> tuple[str, ...]:
         """The ops to compile: attention needs a selection, and selection needs scores."""
@@ -157,9 +158,10 @@ class _Plan:
         case, heads = self.job.case, self.job.heads
         known = baseline(case, heads, self.job.rhos[0]).get(op)
         args, out = ops.shapes_of(op, case, heads, self.pages)
-        self.calls[op] = timing.calls_for((known or 1000) * 1e-6)
+        calls, rounds = timing.calls_and_rounds((known or 1000) * 1e-6, self.sets)
+        self.calls[op], self.rounds[op] = calls, rounds
         try:
-            compiled = timing.compile_calls(ops.function_of(op, impl), args, self.calls[op], out)
+            compiled = timing.compile_calls(ops.function_of(op, impl), args, calls, out, rounds)
         except NotImplementedError as refusal:
             self.refused[op] = f"refused: {refusal}"
         except Exception as error:  # noqa: BLE001 a compiler's error must not lose the other cases
@@ -167,7 +169,7 @@ class _Plan:
         if op in self.refused:
             if op not in ("score", "select", "index"):
                 return
-            compiled = timing.compile_calls(ops.function_of(op, "reference"), args, self.calls[op], out)
+            compiled = timing.compile_calls(ops.function_of(op, "reference"), args, calls, out, rounds)
         self.compiled[op] = compiled
 
 
@@ -206,7 +208,7 @@ def _time_plan(plan: _Plan, pool: Pool, queries: Queries, rho: float, ceilings: 
             continue
         out = jnp.full(inputs[0].q.shape, jnp.nan, jnp.bfloat16) if op in ops.TAKES_OUT else None
         try:
-            timed = timing.time_compiled(compiled, sets, calls, out)
+            timed = timing.time_compiled(compiled, sets, calls, out, rounds=plan.rounds[op])
         except jax.errors.JaxRuntimeError as error:
             rows.append(_row(plan, op, rho, ceilings, refused=_failure(error)))
             continue

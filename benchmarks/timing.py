@@ -1,5 +1,8 @@
 """Device time of a function: many calls in one executable, dispatched back to back, and one wait at the end.
 
+Calls too short for the host to keep up with repeat in a loop on the device: the executable is one CUDA graph, its loop
+included, so that nothing but the device decides the pace.
+
 An executable holds `calls` calls on different inputs (so that XLA can neither merge nor reorder them into one), chained
 through the output buffer where the operation takes one. Dispatches follow each other without waiting and rotate through
 the sets of inputs; dispatching runs ahead of the device, so the wall time of a long enough run is device time. Where it
@@ -25,6 +28,10 @@ REPEATS = 5
 MOST_CALLS = 16
 BURST = 8
 CALLS_SECONDS = 1e-3  # what one executable should take
+SHORT_SECONDS = 100e-6  # shorter calls repeat in a loop on the device
+MOST_CALLS_A_ROUND = 32
+ROUNDS_SECONDS = 4e-3  # what such a loop should take
+GRAPH_COMMANDS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +56,28 @@ def calls_for(expected_seconds: float) -> int:
     return max(1, min(MOST_CALLS, round(CALLS_SECONDS / expected_seconds)))
 
 
-def compiler_options() -> dict[str, Any]:
+def calls_and_rounds(expected_seconds: float, sets: int) -> tuple[int, int]:
+    """(calls in one executable, times that it goes through them): a round of short calls takes in most input sets."""
+    calls = calls_for(expected_seconds)
+    if expected_seconds >= SHORT_SECONDS:
+        return calls, 1
+    calls = max(calls, min(sets, MOST_CALLS_A_ROUND))
+    return calls, max(1, round(ROUNDS_SECONDS / expected_seconds / calls))
+
+
+def compiler_options(rounds: int) -> dict[str, Any]:
     """On a GPU: calls of one executable run strictly one after another, also when captured as a CUDA graph."""
     if jax.default_backend() != "gpu":
         return {}
-    return {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
+    options: dict[str, Any] = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
+    if rounds > 1:
+        options |= {"xla_gpu_enable_command_buffer": f"{GRAPH_COMMANDS},WHILE", "xla_gpu_graph_min_graph_size": 1}
+    return options
 
 
-def compile_calls(function: Callable[..., Any], args: Any, calls: int, out: Any = None) -> Callable[..., Any]:
+def compile_calls(
+    function: Callable[..., Any], args: Any, calls: int, out: Any = None, rounds: int = 1
+) -> Callable[..., Any]:
     """Compiles `calls` calls of `function(*args)`, or of `function(*args, out=out)` chained through `out`.
 
     Args:
@@ -64,19 +85,35 @@ def compile_calls(function: Callable[..., Any], args: Any, calls: int, out: Any 
       args: arguments of one call, arrays or ShapeDtypeStructs.
       calls: how many.
       out: the output buffer's shape, or None.
+      rounds: times to go through them all, in a loop on the device.
 
     Returns:
       An executable that takes a tuple of `calls` tuples of arguments (and the output buffer, which it consumes).
     """
     struct = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (tuple(args),) * calls)
-    options = compiler_options()
+    options = compiler_options(rounds)
+
+    def separate(sets):
+        def once(i, _):
+            # depends on the round, so that the calls cannot be taken out of the loop; costs no kernel
+            tied = [(*jax.lax.optimization_barrier((own[0], i))[:1], *own[1:]) for own in sets] if rounds > 1 else sets
+            return [function(*own) for own in tied]
+
+        if rounds == 1:
+            return once(0, None)
+        empty = [jnp.zeros(x.shape, x.dtype) for x in (jax.eval_shape(function, *own) for own in sets)]
+        return jax.lax.fori_loop(0, rounds, once, empty)
+
     if out is None:
-        return jax.jit(lambda sets: [function(*own) for own in sets]).lower(struct).compile(compiler_options=options)
+        return jax.jit(separate).lower(struct).compile(compiler_options=options)
 
     def chained(sets, out):
-        for own in sets:
-            out = function(*own, out=out)
-        return out
+        def once(_, out):
+            for own in sets:
+                out = function(*own, out=out)
+            return out
+
+        return once(0, out) if rounds == 1 else jax.lax.fori_loop(0, rounds, once, out)
 
     buffer = jax.ShapeDtypeStruct(out.shape, out.dtype)
     return jax.jit(chained, donate_argnums=1).lower(struct, buffer).compile(compiler_options=options)
@@ -88,6 +125,7 @@ def time_compiled(
     calls: int,
     out: jax.Array | None = None,
     repeats: int = REPEATS,
+    rounds: int = 1,
 ) -> Timing:
     """Times an executable of `compile_calls`.
 
@@ -97,6 +135,7 @@ def time_compiled(
       calls: as compiled.
       out: an output buffer (consumed), where it was compiled with one.
       repeats: how many runs to take the median of.
+      rounds: as compiled.
     """
     rotation = itertools.cycle(sets)
     groups = [tuple(itertools.islice(rotation, calls)) for _ in range(max(1, -(-len(sets) // calls)))]
@@ -118,11 +157,11 @@ def time_compiled(
     run(2)  # warm-up
     count = max(2, min(400, round(RUN_SECONDS / max(run(3)[0] / 3, 1e-6))))
     runs = [run(count) for _ in range(repeats)]
-    walls = [wall / count / calls * 1e6 for wall, _ in runs]
+    walls = [wall / count / calls / rounds * 1e6 for wall, _ in runs]
     median = statistics.median(walls)
     # a burst short enough not to be held up by the runtime's bound on executables in flight
     dispatching = statistics.median(run(BURST)[1] for _ in range(repeats)) / BURST
-    host_bound = dispatching * 1e6 > 0.9 * median * calls
+    host_bound = dispatching * 1e6 > 0.9 * median * calls * rounds
     return Timing(median, (max(walls) - min(walls)) / median, calls, host_bound)
 
 

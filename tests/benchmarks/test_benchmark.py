@@ -95,6 +95,17 @@ def test_calls_are_all_made():
     assert timed.us > 0 and timed.calls == 3
 
 
+def test_rounds_repeat_all_calls():
+    """In a loop inside the executable, which XLA must not shorten to one round."""
+    sets = ((jax.numpy.full(3, 1.0),), (jax.numpy.full(3, 2.0),))
+    compiled = timing.compile_calls(lambda x, out: out + x, sets[0], 2, sets[0][0], rounds=5)
+    np.testing.assert_array_equal(compiled(sets, jax.numpy.zeros(3)), np.full(3, 15.0))
+    alone = timing.compile_calls(lambda x: jax.numpy.sin(x * 2), sets[0], 2, rounds=5)
+    assert [float(x[0]) for x in alone(sets)] == pytest.approx([np.sin(2.0), np.sin(4.0)])
+    assert timing.calls_and_rounds(500e-6, 40) == (2, 1)
+    assert timing.calls_and_rounds(10e-6, 20) == (20, 20)
+
+
 def test_means_and_verdicts():
     row = measure.Row(
         "decode", "chain", "a", "a", weight=3, batch=64, tokens=64, longest=9000, tp=8, rho=None,
