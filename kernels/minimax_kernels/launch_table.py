@@ -28,18 +28,19 @@ def score_launch(num_tokens: int, num_requests: int, num_blocks: int, num_heads:
     if mean_rows <= 16:
         tile = min(mean_rows, max(64 // num_heads, 1))
         tiles = ceil_div(num_tokens, tile)
-        per_program = min(max(tiles * num_blocks // (NUM_SMS * 8), 1), 16)
-        return ScoreLaunch(tile, per_program, Launch(4, 3))
-    tile = max(256 // num_heads, 16)
+        per_program = min(max(tiles * num_blocks // (NUM_SMS * 8), 1), 4)
+        return ScoreLaunch(tile, per_program, Launch(4, 2))
+    tile = max(128 // num_heads, 32)
     tiles = ceil_div(num_tokens, tile)
     per_program = min(max(tiles * num_blocks // (NUM_SMS * 4), 2), 32)
-    return ScoreLaunch(tile, per_program, Launch(8, 3))
+    return ScoreLaunch(tile, per_program, Launch(4, 2))
 
 
-MOST_RANKED_BLOCKS = 256  # blocks a request up to which the attention kernel of few queries selects by itself
+MOST_RANKED_BLOCKS = 128  # blocks a request up to which the attention kernel of few queries selects by itself
 SELECT_CHUNK = 1024  # scores that one warp holds at a time
 SELECT_LAUNCH = Launch(num_warps=1, num_stages=1)
-MERGE_ROWS = 4  # query heads of a program that merges partial results
+MOST_SPLITS = 32  # partial results that the last program of a tile merges
+MERGE_ROWS = 8  # query heads of a program that merges partial results
 MERGE_LAUNCH = Launch(num_warps=4, num_stages=1)
 
 
@@ -61,15 +62,15 @@ class AttendLaunch:
 
 def attend_launch(num_tokens: int, groups: int, blocks: int) -> AttendLaunch:
     """For tokens with lists of `blocks` pages each: enough programs to fill the device."""
-    splits = min(max(ceil_div(NUM_SMS * 4, num_tokens * groups), 1), blocks)
-    return AttendLaunch(1, ceil_div(blocks, splits), 64, Launch(4, 3))
+    splits = min(max(round(NUM_SMS * 2 / (num_tokens * groups)), 1), blocks, MOST_SPLITS)
+    return AttendLaunch(1, ceil_div(blocks, splits), 64, Launch(4, 2))
 
 
 def dense_launch(num_tokens: int, num_requests: int, num_blocks: int, rows_per_token: int, groups: int, tile: int):
     """For all pages of a request: tiles of 128 query rows where there are that many."""
     tile = min(tile, max(128 // rows_per_token, 1))
     programs = ceil_div(num_tokens, tile) * groups
-    splits = min(max(ceil_div(NUM_SMS * 4, programs), 1), num_blocks)
+    splits = min(max(ceil_div(NUM_SMS * 4, programs), 1), num_blocks, MOST_SPLITS)
     rows = tile * rows_per_token
     return AttendLaunch(tile, ceil_div(num_blocks, splits), 64, Launch(8 if rows >= 128 else 4, 3))
 
@@ -82,19 +83,21 @@ class PageLaunch:
       rows: query rows of one matrix product, a multiple of a group's heads.
       pairs_per_program: pairs (query, block) of one program, a power of two.
       workspace_bytes: what the partial results may take; longer batches run in chunks.
+      window: tokens whose pairs are sorted together.
     """
 
     rows: int
     pairs_per_program: int
     workspace_bytes: int
     launch: Launch
+    window: int = 2048
 
 
 def page_launch(num_tokens: int, rows_per_token: int, groups: int, topk: int) -> PageLaunch:
     """Tiles of 64 rows; programs of several tiles once there are enough of them."""
     queries = max(64 // rows_per_token, 1)
     tiles = ceil_div(num_tokens * topk * groups, queries)
-    tiles_per_program = 1 << (min(max(tiles // (NUM_SMS * 4), 1), 8).bit_length() - 1)
+    tiles_per_program = 1 << (min(max(tiles // (NUM_SMS * 4), 1), 16).bit_length() - 1)
     return PageLaunch(queries * rows_per_token, queries * tiles_per_program, 1 << 30, Launch(4, 2))
 WRITE_TOKENS = 16  # tokens of a program that writes to pages
 WRITE_LAUNCH = Launch(num_warps=4, num_stages=1)

@@ -15,9 +15,6 @@ from minimax_kernels.launch_table import MERGE_LAUNCH, MERGE_ROWS
 from minimax_kernels.triton_call import ceil_div, next_power_of_two, triton_call
 
 
-PARTS_AT_A_TIME = 4  # partial results that the last program holds in registers
-
-
 def merge_last_program(result, lse, refs, place, splits: int, write, *, interpret: bool) -> None:
     """Device side: stores a program's partial result; the last program of a tile merges all and writes.
 
@@ -32,50 +29,28 @@ def merge_last_program(result, lse, refs, place, splits: int, write, *, interpre
     counters_ref, partial_ref, lse_ref = refs
     tile, group, split = place
     rows, head_dim = result.shape
-    row = jnp.arange(rows, dtype=jnp.int32)
     partial_ref[tile, group, split] = result
     lse_ref[tile, group, split] = lse
     if interpret:  # programs run one after another there, and its atomics take no scalar index
         arrived = counters_ref[tile, group]
         counters_ref[tile, group] = arrived + 1
     else:
-        plgpu.debug_barrier()  # all of this program's stores come before the count that announces them
+        # all of this program's stores come before the count that announces them (the atomic releases and acquires)
+        plgpu.debug_barrier()
         arrived = plgpu.atomic_add(counters_ref, (tile, group), 1)
 
     @pl.when(arrived == splits - 1)
     def _merge():
         if not interpret:
             plgpu.debug_barrier()
-        width = next_power_of_two(splits)
-        part = jnp.arange(width, dtype=jnp.int32)
-        all_lse = plgpu.load(
-            lse_ref.at[tile, group, jnp.minimum(part, splits - 1)[:, None], row[None, :]],
-            mask=jnp.broadcast_to((part < splits)[:, None], (width, rows)),
-            other=-jnp.inf,
-            cache_modifier=".cg",  # written by other multiprocessors: not from this one's cache
-        )
-        top = jnp.max(all_lse, axis=0)
+        all_lse = [lse_ref[tile, group, part] for part in range(splits)]
+        top = functools.reduce(jnp.maximum, all_lse)
         top = jnp.where(top == -jnp.inf, 0.0, top)
-        total = jnp.sum(jnp.exp2(all_lse - top[None, :]), axis=0)
-        merged = jnp.zeros((rows, head_dim), jnp.float32)
-        held = min(PARTS_AT_A_TIME, width, max(2048 // rows, 1))
-        channel = jnp.arange(head_dim, dtype=jnp.int32)
-        for begin in range(0, splits, held):
-            part = begin + jnp.arange(held, dtype=jnp.int32)
-            inside, part = part < splits, jnp.minimum(part, splits - 1)
-            part_lse = plgpu.load(
-                lse_ref.at[tile, group, part[:, None], row[None, :]],
-                mask=jnp.broadcast_to(inside[:, None], (held, rows)),
-                other=-jnp.inf,
-                cache_modifier=".cg",
-            )
-            values = plgpu.load(
-                partial_ref.at[tile, group, part[:, None, None], row[None, :, None], channel[None, None, :]],
-                mask=jnp.broadcast_to(inside[:, None, None], (held, rows, head_dim)),
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            merged += jnp.sum(values * jnp.exp2(part_lse - top[None, :])[:, :, None], axis=0)
+        merged, total = jnp.zeros((rows, head_dim), jnp.float32), jnp.zeros((rows,), jnp.float32)
+        for part in range(splits):  # unrolled, so that the loads of several parts are under way together
+            weight = jnp.exp2(all_lse[part] - top)
+            total += weight
+            merged += partial_ref[tile, group, part] * weight[:, None]
         write(merged * (1.0 / jnp.where(total == 0, 1.0, total))[:, None])
 
 

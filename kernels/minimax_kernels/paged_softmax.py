@@ -140,13 +140,8 @@ def _attend_kernel(
     live = token < at.num_rows
     flat = at.first_row + token
     channel = jnp.arange(head_dim, dtype=jnp.int32)
-    q = plgpu.load(
-        q_ref.at[
-            jnp.minimum(flat, num_tokens - 1)[:, None], (group * rows_per_token + head)[:, None], channel[None, :]
-        ],
-        mask=jnp.broadcast_to((live & ~is_padding)[:, None], (rows, head_dim)),
-        other=0.0,
-    )
+    # rows that are none are computed too, and not written: a mask would make the load wait for the tile's request
+    q = q_ref[jnp.minimum(flat, num_tokens - 1)[:, None], (group * rows_per_token + head)[:, None], channel[None, :]]
     position = jnp.where(live, at.first_position + token, -1)
     kv_len = kv_lens_ref[request]
     first = split * blocks_per_program

@@ -88,9 +88,7 @@ def _select_kernel(
 
     # the token's own block: the visible ones are 0 .. own
     if num_chunks == 1:
-        block, values = load(0)
-        own = jnp.sum((values != -jnp.inf).astype(jnp.int32)) - 1
-        chunks = num_chunks
+        own = jnp.sum((load(0)[1] != -jnp.inf).astype(jnp.int32)) - 1
     else:
 
         def count(i, visible):
@@ -104,14 +102,31 @@ def _select_kernel(
     best_key = jnp.where(slot < topk, LOWEST, _NAN)  # lanes past topk are never the worst
     best_block = jnp.full((width,), -1, jnp.int32)
 
-    def merge_chunk(i, best):
+    def keys_of(i):
         block, values = load(i * chunk)
         visible = values != -jnp.inf
         forced = visible & ((block < init_blocks) | (block > own - local_blocks))
-        keys = jnp.where(forced, FORCED, jnp.where(visible, sortable(values), LOWEST))
-        return take_best(keys, block, *best)
+        return block, jnp.where(forced, FORCED, jnp.where(visible, sortable(values), LOWEST))
 
-    best_key, best_block = lax.fori_loop(0, chunks, merge_chunk, (best_key, best_block))
+    def fill(i, state):
+        """The first chunk: its maximum goes to the next slot."""
+        keys, best_key, best_block = state
+        top = jnp.max(keys)
+        taken = jnp.min(jnp.where(keys == top, block, _NO_BLOCK))  # of equal keys the lower block
+        here = (slot == i) & (top > LOWEST)
+        keys = jnp.where(block == taken, LOWEST, keys)
+        return keys, jnp.where(here, top, best_key), jnp.where(here, taken, best_block)
+
+    block, keys = keys_of(0)
+    rounds = jnp.clip(own + 1, 0, topk)
+    keys, best_key, best_block = lax.fori_loop(0, rounds, fill, (keys, best_key, best_block))
+    if num_chunks > 1:
+
+        def merge_chunk(i, best):
+            block, keys = keys_of(i)
+            return take_best(keys, block, *best)
+
+        best_key, best_block = lax.fori_loop(1, chunks, merge_chunk, (best_key, best_block))
     store_at = jnp.where(slot < topk, slot, topk)
     plgpu.store(out_ref.at[head, row, store_at], best_block, mask=slot < topk)
 

@@ -74,12 +74,22 @@ def row_requests(batch: Batch, num_tokens: int) -> tuple[Int[Array, "T"], Bool[A
 
 
 def sort_pairs(
-    selected: Int[Array, "S T topk"], request: Int[Array, "T"], num_requests: int, num_blocks: int, live: Bool[Array, "T"]
+    selected: Int[Array, "S T topk"],
+    request: Int[Array, "T"],
+    live: Bool[Array, "T"],
+    *,
+    num_requests: int,
+    num_blocks: int,
+    window: int,
 ) -> tuple[Int[Array, "S*T*topk"], Int[Array, "S*T*topk"]]:
-    """Pairs (query, block) in the order of their pages: (key of each pair's page, the pair)."""
-    groups = selected.shape[0]
+    """Pairs (query, block) in the order of window, group and page: (key of each pair's run, the pair).
+
+    A window of tokens at a time, so that what runs together gathers its queries from the second-level cache.
+    """
+    groups, tokens, _ = selected.shape
     group = jnp.arange(groups, dtype=jnp.int32)[:, None, None]
-    key = (group * num_requests + request[None, :, None]) * num_blocks + selected
+    in_window = (jnp.arange(tokens, dtype=jnp.int32) // window)[None, :, None]
+    key = ((in_window * groups + group) * num_requests + request[None, :, None]) * num_blocks + selected
     key = jnp.where((selected >= 0) & live[None, :, None], key, _NOTHING).reshape(-1)
     pair = jnp.arange(key.shape[0], dtype=jnp.int32)
     key, pair = lax.sort((key.astype(jnp.int32), pair), num_keys=1, is_stable=True)
@@ -93,12 +103,14 @@ def _attend_chunk(
     _, num_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
     rows_per_token = num_heads // groups
-    keys, pairs = sort_pairs(selected, request, batch.num_requests, batch.num_blocks, live)
+    keys, pairs = sort_pairs(
+        selected, request, live, num_requests=batch.num_requests, num_blocks=batch.num_blocks, window=launch.window
+    )
     num_pairs = keys.shape[0]
     per_program = launch.pairs_per_program
     sizes: dict[str, Any] = {
         "num_pairs": num_pairs, "num_requests": batch.num_requests, "num_blocks": batch.num_blocks, "topk": topk,
-        "tokens": tokens, "rows_per_token": rows_per_token, "kv_share": groups // num_kv_heads,
+        "tokens": tokens, "rows_per_token": rows_per_token, "groups": groups, "kv_share": groups // num_kv_heads,
         "block_size": block_size, "per_program": per_program, "rows": launch.rows, "scale": scale * LOG2_E,
         "first_token": first_token, "interpret": interpret,
     }  # fmt: skip
@@ -118,8 +130,8 @@ def _attend_chunk(
 
 def _attend_kernel(
     q_ref, k_ref, v_ref, tables_ref, starts_ref, kv_lens_ref, keys_ref, pairs_ref, partial_ref, lse_ref,
-    *, num_pairs, num_requests, num_blocks, topk, tokens, rows_per_token, kv_share, block_size, per_program, rows,
-    scale, first_token, interpret,
+    *, num_pairs, num_requests, num_blocks, topk, tokens, rows_per_token, groups, kv_share, block_size, per_program,
+    rows, scale, first_token, interpret,
 ):  # fmt: skip
     base = pl.program_id(0) * per_program
     head_dim = q_ref.shape[2]
@@ -137,7 +149,7 @@ def _attend_kernel(
         """All pairs of this program that want one page."""
         start, key = state
         count = jnp.sum((all_keys == key).astype(jnp.int32))
-        group = lax.div(key, num_requests * num_blocks)
+        group = lax.rem(lax.div(key, num_requests * num_blocks), groups)
         request = lax.rem(lax.div(key, num_blocks), num_requests)
         block = lax.rem(key, num_blocks)
         page = tables_ref[request, block]

@@ -9,10 +9,11 @@ from minimax_kernels.launch_table import attend_launch, page_launch
 from minimax_kernels.paged_softmax import Selection, attend_pages
 from minimax_kernels.sparse_attention import reference
 from minimax_kernels.sparse_attention.by_page import attend_by_page
-from minimax_kernels.triton_call import is_power_of_two
+from minimax_kernels.triton_call import ceil_div, is_power_of_two
 from minimax_kernels.triton_support import require_pages
 
-FEW_QUERIES = 16  # queries a request up to which each token reads its own pages
+FEW_QUERIES = 16  # queries a request, and
+FEW_TOKENS = 640  # tokens in all, up to which each token reads its own pages
 
 
 def sparse_attention(
@@ -35,10 +36,10 @@ def sparse_attention(
         return reference.sparse_attention(q, k_cache, v_cache, selected, batch, scale=scale, out=out)
     rows_per_token = num_heads // groups
     if by_page is None:
-        by_page = tile_size(num_tokens, batch.num_requests) > FEW_QUERIES
-    fits = groups * batch.num_requests * batch.num_blocks < 2**31 - 1 and rows_per_token <= 128
-    if by_page and fits and is_power_of_two(rows_per_token):
-        launch = page_launch(num_tokens, rows_per_token, groups, topk)
+        by_page = tile_size(num_tokens, batch.num_requests) > FEW_QUERIES and num_tokens > FEW_TOKENS
+    launch = page_launch(num_tokens, rows_per_token, groups, topk)
+    keys = ceil_div(num_tokens, launch.window) * groups * batch.num_requests * batch.num_blocks
+    if by_page and keys < 2**31 - 1 and rows_per_token <= 64 and is_power_of_two(rows_per_token):
         return attend_by_page(
             q, k_cache, v_cache, selected, batch, scale=scale, out=out, launch=launch, interpret=interpret
         )
