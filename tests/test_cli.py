@@ -201,6 +201,7 @@ def test_chat_applies_the_template(capsys, checkpoint, tokenizer, fake):
         (["--temperature", "0.5"], {"do_sample": True, "temperature": 0.5}),
         (["--top-p", "0.9"], {"do_sample": True, "top_p": 0.9}),
         (["--top-k", "0"], {"do_sample": True, "top_k": 0}),
+        (["--execution", "segmented"], {"execution": "segmented"}),
         (["--seed", "9", "--ignore-eos", "--max-new-tokens", "5"],
          {"seed": 9, "eos_token_id": -1, "max_new_tokens": 5}),
     ],
@@ -208,7 +209,7 @@ def test_chat_applies_the_template(capsys, checkpoint, tokenizer, fake):
 def test_options_reach_the_model(checkpoint, fake, argv, options):
     assert generate(checkpoint, "--prompt", "a", *argv, "--dtype", "bfloat16") == 0
     given = {key: value for key, value in fake.called.items() if value is not None and key != "ids"}
-    assert given == {"seed": 0, **options}
+    assert given == {"seed": 0, "execution": "auto", **options}
     assert fake.loaded == (str(checkpoint), "bfloat16")
 
 

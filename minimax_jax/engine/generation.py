@@ -139,6 +139,7 @@ class _Run:
         self._tables, self._block_size = tables, block_size
         self._sampling, self._execution = sampling, execution
         self._greedy, self._truncated = options.greedy, options.top_k > 0 or options.top_p < 1
+        self._num_layers = len(pool.caches.k)
         self._platform = next(iter(leaves[0].devices())).platform
 
     def prefill(self, chunk: _Chunk, prompts: list[np.ndarray]) -> jax.Array:
@@ -150,7 +151,7 @@ class _Run:
         positions = np.concatenate([np.arange(start, end) for _, start, end in chunk.parts])
         layout = step_layout(self._tables, query_lens, kv_lens, self._block_size)
         step = FlatStep(tokens.astype(np.int32), positions.astype(np.int32), layout)
-        how = prefill_execution(self._execution, chunk.num_tokens, self._platform)
+        how = prefill_execution(self._execution, chunk.num_tokens, self._num_layers, self._platform)
         return self._whole_prefill(step) if how == "whole" else self._segmented(step, eager=how == "eager")
 
     def _segmented(self, step: FlatStep, *, eager: bool) -> jax.Array:

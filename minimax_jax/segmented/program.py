@@ -64,6 +64,15 @@ class HostTime:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Recording:
+    """What a capturing call collects; `fixed` are the numbers of the leaves that it holds."""
+
+    fixed: set[int]
+    leaves: tuple[Any, ...]
+    captures: list[Capture] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Compute:
     segment: Segment
     inputs: tuple[int, ...]
@@ -122,7 +131,7 @@ class Program:
         self._steps = [self._step(step, slots) for step in split.steps]
         self._outputs = [self._source(atom, slots) for atom in split.traced.outvars]
         self._output_names = [None if is_literal(atom) else atom for atom in split.traced.outvars]
-        self._held: list[Any] = []  # leaves as they were captured
+        self._held: tuple[Any, ...] = ()  # leaves as they were captured last
 
     def _step(self, step: Segment | Crossing, slots: dict[Any, int]) -> _Compute | _Cross:
         results = tuple(slots[var] for var in step.outvars)
@@ -160,11 +169,12 @@ class Program:
         found = [capture for capture in captures if capture is not None]
         if call.epoch is not None:
             call.epoch.check(found[0].life, f"the capture of {self.signature.rows} rows")
-        held = self._held
-        changed = {n for n in self.captured_leaves if not held or call.values[n] is not held[n]}
+        leaves = found[0].leaves
+        if any(capture.leaves is not leaves for capture in found):
+            return None  # another thread is just capturing
+        changed = {n for n, held in enumerate(leaves) if held is not None and call.values[n] is not held}
         if changed:
-            if held:
-                self.captured_leaves = self.captured_leaves - changed
+            self.captured_leaves = self.captured_leaves - changed
             return None
         return found
 
@@ -181,25 +191,27 @@ class Program:
 
     def capture(self, call: Call, spent: HostTime) -> list[Any]:
         """Runs eagerly and, if all went well, captures every segment."""
-        found: list[Capture] = []
+        fixed = self.captured_leaves
+        found = _Recording(fixed, tuple(x if n in fixed else None for n, x in enumerate(call.values)))
         results = self._run(call, None, found, spent)
         if call.epoch is not None:
             call.epoch.watch(self)
             for runner in self.runners:
                 call.epoch.watch(runner)
-            call.epoch.check(call.life, "this capture")  # replaced meanwhile: nothing is kept
-        self._held = [x if n in self.captured_leaves else None for n, x in enumerate(call.values)]
-        for entry, capture in zip(self.entries, found, strict=True):
+        self._held = found.leaves
+        for entry, capture in zip(self.entries, found.captures, strict=True):
             entry.capture = capture
+        if call.epoch is not None and call.epoch.value != call.life:
+            for entry in self.entries:  # replaced meanwhile, maybe before the watch began: keep nothing
+                entry.clear()
+            call.epoch.check(call.life, "this capture")
         return results
 
     def clear(self) -> None:
         """Drops the captured leaves."""
-        self._held = []
+        self._held = ()
 
-    def _run(
-        self, call: Call, captures: list[Capture] | None, found: list[Capture] | None, spent: HostTime
-    ) -> list[Any]:
+    def _run(self, call: Call, captures: list[Capture] | None, found: _Recording | None, spent: HostTime) -> list[Any]:
         start = time.perf_counter()
         values = call.values + self._consts
         values += [None] * (self._num_slots - len(values))
@@ -223,7 +235,7 @@ class Program:
         call: Call,
         values: list[Any],
         captures: list[Capture] | None,
-        found: list[Capture] | None,
+        found: _Recording | None,
     ) -> None:
         index = step.segment.index
         if captures is None:
@@ -234,7 +246,7 @@ class Program:
             for position, slot in capture.moving:
                 args[position] = values[slot]
         if found is not None:
-            held = self._captured_arguments(step, values)
+            held = self._captured_arguments(step, values, found.fixed)
             addresses = addresses_of(held)
         try:
             results = self.entries[index].executable.compiled(*args)
@@ -250,10 +262,12 @@ class Program:
             outputs = tuple(jax.ShapeDtypeStruct(r.shape, r.dtype) for r in results)
             epoch = None if call.epoch is None else weakref.ref(call.epoch)
             places = tuple(addresses_of(results).values())
-            found.append(Capture(tuple(held), moving, addresses, outputs, places, epoch, call.life))
+            found.captures.append(
+                Capture(tuple(held), moving, addresses, outputs, places, found.leaves, epoch, call.life)
+            )
 
-    def _captured_arguments(self, step: _Compute, values: list[Any]) -> list[Any]:
-        kept = [slot in self.captured_leaves or slot in self._fixed_slots for slot in step.inputs]
+    def _captured_arguments(self, step: _Compute, values: list[Any], fixed: set[int]) -> list[Any]:
+        kept = [slot in fixed or slot in self._fixed_slots for slot in step.inputs]
         return [values[slot] if keep else None for slot, keep in zip(step.inputs, kept, strict=True)]
 
     def _cross(self, step: _Cross, call: Call, values: list[Any]) -> None:

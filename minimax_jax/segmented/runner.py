@@ -24,6 +24,7 @@ class Capture:
       outputs: shapes and dtypes of its results.
       output_addresses: where they lay when it was captured. XLA's allocator gives each call buffers of its own, so
         a replay may find other ones, and no result is ever overwritten by the next call.
+      leaves: the function's leaves as all segments of this capture hold them, None for those that move.
       epoch, life: whose life the capture belongs to, and which.
     """
 
@@ -32,6 +33,7 @@ class Capture:
     addresses: dict[int, int]
     outputs: tuple[jax.ShapeDtypeStruct, ...]
     output_addresses: tuple[int, ...]
+    leaves: tuple[Any, ...]
     epoch: weakref.ref[Epoch] | None
     life: int
 

@@ -157,6 +157,49 @@ def test_calls_in_flight_from_other_threads_finish_or_raise():
     assert np.array_equal(split(w, x, runtime=Runtime(epoch)), expected)
 
 
+def test_resources_replaced_between_the_last_step_and_the_capture(monkeypatch):
+    """The advance comes just before the capture is watched: it must not stay behind as stale for good."""
+    epoch = Epoch()
+    split = segmented(stack)
+    w, x = weights(2), rows_of(ROWS)
+    first = split(w, x, runtime=Runtime(epoch))
+    watch = Epoch.watch
+
+    def late(self, watcher):
+        monkeypatch.setattr(Epoch, "watch", watch)
+        self.advance()
+        watch(self, watcher)
+
+    monkeypatch.setattr(Epoch, "watch", late)
+    with pytest.raises(StaleCaptureError, match="this capture belongs to epoch 0"):
+        split(w, x, runtime=Runtime(epoch))
+    for _ in range(3):
+        assert_same(split(w, x, runtime=Runtime(epoch)), first)
+    assert split.stats().replays == 1
+
+
+def test_threads_with_other_weights_never_mix():
+    """One call finds a capture while another call captures other weights over it: it must not use either's mixture."""
+    split = segmented(stack, warmups=0)
+    x = rows_of(ROWS)
+    sets = [weights(2, seed=s) for s in range(3)]
+    expected = [np.asarray(segmented(stack)(w, x)) for w in sets]
+    wrong = []
+
+    def serve(number):
+        for turn in range(30):
+            which = (number + turn // 3) % 3
+            if not np.array_equal(split(sets[which], x), expected[which]):
+                wrong.append((number, turn))
+
+    threads = [threading.Thread(target=serve, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
 def test_invalidate_lets_go_of_weights_and_functions_are_held_by_no_epoch():
     epoch = Epoch()
     split = segmented(lambda w, x: into(x @ w))
