@@ -86,7 +86,7 @@ def merge_partials(
     if selected is not None:
         args.append(selected)
     aliases = None
-    shape = (num_tokens, groups * rows, head_dim)
+    shape: tuple[int, ...] = (num_tokens, groups * rows, head_dim)
     if out is not None:
         aliases = {len(args): 0}
         args.append(out)

@@ -124,10 +124,10 @@ def _attend_kernel(
     blocks_per_program, keys_per_step, scale, pages, splits, interpret, fresh, groups_per_index_head, init_blocks,
     local_blocks,
 ):  # fmt: skip
-    q_ref, k_ref, v_ref, tables_ref, starts_ref, kv_lens_ref, *refs = refs  # type: ignore[assignment]
-    choice_ref = refs.pop(0) if pages != "dense" else None
-    num_inputs = (0 if fresh else 1) + (1 if splits > 1 else 0)
-    out_ref, *merge_refs = refs[num_inputs:]  # the inputs left out are the same memory as outputs
+    q_ref, k_ref, v_ref, tables_ref, starts_ref, kv_lens_ref, *more_refs = refs
+    choice_ref = None if pages == "dense" else more_refs.pop(0)
+    num_aliased = (0 if fresh else 1) + (1 if splits > 1 else 0)
+    out_ref, *merge_refs = more_refs[num_aliased:]  # the inputs left out are the same memory as outputs
 
     tile_id, group, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     at = locate_tile(starts_ref, kv_lens_ref, tile_id, tile=tile, num_tokens=num_tokens, num_requests=num_requests)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -46,7 +48,7 @@ def msa(
             q, k_cache, v_cache, idx_q, index_cache, batch, scale=scale, topk=topk, init_blocks=init_blocks,
             local_blocks=local_blocks, out=out,
         )  # fmt: skip
-    options = {"topk": topk, "init_blocks": init_blocks, "local_blocks": local_blocks}
+    options: dict[str, Any] = {"topk": topk, "init_blocks": init_blocks, "local_blocks": local_blocks}
     if tile_size(num_tokens, batch.num_requests) > FEW_QUERIES:
         scores = index_score(idx_q, index_cache, batch, interpret=interpret)
         selected = select_blocks(scores, batch, **options, interpret=interpret)
