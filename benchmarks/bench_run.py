@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -52,7 +53,9 @@ def run_bench(
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "bench.json").write_text(json.dumps(_rounded(record), indent=1) + "\n")
-    if found:
+    if found and not importlib.util.find_spec("matplotlib"):
+        say("no picture: matplotlib is missing (pip install 'minimax-jax[bench]')")
+    elif found:
         picture.draw(
             found, f"minimax_kernels, {machine['device']}, jax {machine['jax']}, {machine['date']}", out / "bench.png"
         )
