@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import operator
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,8 +35,22 @@ def check_float(name: str, x: jax.Array) -> None:
 
 def check_positive(name: str, value: int, least: int = 1) -> None:
     """An integer option of an operation."""
-    if not isinstance(value, int) or value < least:
+    try:
+        index = operator.index(value)
+    except TypeError:
+        index = least - 1
+    if index < least:
         raise ValueError(f"{name} = {value!r}: must be an integer >= {least}")
+
+
+def check_scale(scale: Any) -> float:
+    """The factor of q.k, as a Python number."""
+    if isinstance(scale, jax.core.Tracer):
+        raise ValueError("scale is a traced value: must be a number that is known while tracing")
+    number = float(scale)
+    if not 0 < number < math.inf:
+        raise ValueError(f"scale = {scale!r}: must be a positive number")
+    return number
 
 
 def check_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
@@ -59,8 +77,8 @@ def check_int(name: str, x: jax.Array) -> None:
         raise ValueError(f"{name} is {x.dtype}: must be an integer type")
 
 
-def check_batch(batch: Batch, block_size: int) -> None:
-    """Ranks, types and sizes of a batch; the values too when they are at hand (not inside a trace)."""
+def check_batch(batch: Batch, block_size: int | None = None) -> None:
+    """Ranks, types and sizes of a batch; the lengths too when they are at hand (not inside a trace)."""
     if not isinstance(batch, Batch):
         raise ValueError(f"batch is {type(batch).__name__}: must be a minimax_kernels.Batch")
     check_rank("batch.block_tables", batch.block_tables, "[R, N]")
@@ -71,7 +89,7 @@ def check_batch(batch: Batch, block_size: int) -> None:
     requests = batch.kv_lens.shape[0]
     check_extent("batch.block_tables", "R", batch.block_tables.shape[0], requests, "in batch.kv_lens")
     check_extent("batch.query_starts", "R + 1", batch.query_starts.shape[0], requests + 1, "batch.kv_lens says")
-    if requests and not isinstance(batch.kv_lens, jax.core.Tracer):
+    if requests and block_size is not None and not isinstance(batch.kv_lens, jax.core.Tracer):
         longest = int(np.asarray(batch.kv_lens).max())  # jnp's max of a constant would be a tracer inside a trace
         if longest > batch.num_blocks * block_size:
             raise ValueError(

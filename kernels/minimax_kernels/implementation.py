@@ -45,24 +45,17 @@ def dispatch(op: str, implementations: Mapping[str, Implementation], impl: str |
     if "pallas_triton" not in implementations or jax.default_backend() != "gpu":
         return reference(*args, **kwargs)
     best = implementations["pallas_triton"]
-    # a whole-array result of `eval_shape` shows refusals without launching anything
-    try:
-        jax.eval_shape(functools.partial(best, **_static(kwargs)), *args, **_arrays(kwargs))
+    # `out` is the one keyword of an operation that is an array
+    arrays = {name: value for name, value in kwargs.items() if name == "out" and value is not None}
+    static = {name: value for name, value in kwargs.items() if name not in arrays}
+    try:  # tracing shows a refusal without launching anything
+        jax.eval_shape(functools.partial(best, **static), *args, **arrays)
     except NotImplementedError as refusal:
         warnings.warn(f"{op} falls back to 'reference' ({refusal})", stacklevel=3)
         return reference(*args, **kwargs)
-    static, arrays = _static(kwargs), _arrays(kwargs)
 
     def call(function: Implementation) -> Callable[..., Any]:
         return lambda args, arrays: function(*args, **static, **arrays)
 
     # decided when the call is lowered, so that arrays on the CPU of a machine with a GPU are served too
     return jax.lax.platform_dependent(args, arrays, cuda=call(best), default=call(reference))
-
-
-def _arrays(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if hasattr(value, "shape")}
-
-
-def _static(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if not hasattr(value, "shape")}

@@ -1,10 +1,10 @@
-"""Launch parameters by shape bucket, measured on an H100 (scripts/tune.py; docs/kernels.md)."""
+"""Launch parameters by shape, from what was measured on an H100 (docs/kernels.md, docs/results)."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from minimax_kernels.triton_call import Launch, ceil_div
+from minimax_kernels.triton_call import Launch, ceil_div, floor_power_of_two
 
 NUM_SMS = 132
 
@@ -71,7 +71,7 @@ def attend_launch(num_tokens: int, groups: int, blocks: int) -> AttendLaunch:
 
 def dense_launch(num_tokens: int, num_requests: int, num_blocks: int, rows_per_token: int, groups: int, tile: int):
     """For all pages of a request: tiles of 128 query rows where there are that many."""
-    tile = min(tile, max(128 // rows_per_token, 1))
+    tile = min(tile, floor_power_of_two(max(128 // rows_per_token, 1)))
     programs = ceil_div(num_tokens, tile) * groups
     splits = min(max(ceil_div(NUM_SMS * 4, programs), 1), num_blocks, MOST_SPLITS)
     rows = tile * rows_per_token
@@ -100,7 +100,7 @@ def page_launch(num_tokens: int, rows_per_token: int, groups: int, topk: int) ->
     """Tiles of 64 rows; programs of several tiles once there are enough of them."""
     queries = max(64 // rows_per_token, 1)
     tiles = ceil_div(num_tokens * topk * groups, queries)
-    tiles_per_program = 1 << (min(max(tiles // (NUM_SMS * 4), 1), 16).bit_length() - 1)
+    tiles_per_program = floor_power_of_two(min(max(tiles // (NUM_SMS * 4), 1), 16))
     return PageLaunch(queries * rows_per_token, queries * tiles_per_program, 1 << 30, Launch(4, 1))
 
 

@@ -232,10 +232,16 @@ def _page_list(
     if pages == "dense":
         return (lambda i: i), own + 1
     if pages == "selected":
-        return (lambda i: choice_ref[group, at.first_row, jnp.minimum(i, blocks - 1)]), blocks
+        # what a token cannot see names no page of its own
+
+        def chosen(i):
+            block = choice_ref[group, at.first_row, jnp.minimum(i, blocks - 1)]
+            return jnp.where(block <= own, block, -1)
+
+        return chosen, blocks
     index_head = lax.div(group, groups_per_index_head)
     ranked, rank = rank_blocks(
         lambda block: choice_ref[index_head, at.first_row, block], own, num_blocks,
         init_blocks=init_blocks, local_blocks=local_blocks,
     )  # fmt: skip
-    return (lambda i: jnp.sum(jnp.where(rank == i, ranked, 0))), jnp.minimum(own + 1, blocks)
+    return (lambda i: jnp.sum(jnp.where(rank == i, ranked, 0), dtype=jnp.int32)), jnp.minimum(own + 1, blocks)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from minimax_kernels.triton_call import next_power_of_two
+from minimax_kernels.triton_call import is_power_of_two, next_power_of_two
 
 
 class Tile(NamedTuple):
@@ -40,6 +40,7 @@ def locate_tile(
     Every request starts a tile of its own. One vector load of the starts and a prefix sum: no table made
     beforehand, hence no launch before the kernel.
     """
+    assert is_power_of_two(tile), tile
     shift = tile.bit_length() - 1
     if tile == 1 and num_requests == 1:  # nothing to search
         request = (tile_id >= starts_ref[1]).astype(jnp.int32)
@@ -49,14 +50,14 @@ def locate_tile(
     ends = starts_ref[jnp.minimum(ids + 1, num_requests)]
     ends = jnp.where(ids == num_requests, num_tokens, ends)
     if tile == 1:  # the tile is the row: what depends on the row alone need not wait for the search
-        request = jnp.minimum(jnp.sum((ends <= tile_id).astype(jnp.int32)), num_requests)
+        request = jnp.minimum(jnp.sum(ends <= tile_id, dtype=jnp.int32), num_requests)
         known = jnp.minimum(request, num_requests - 1)
         return Tile(request, tile_id, jnp.int32(1), kv_lens_ref[known] - starts_ref[known + 1] + tile_id)
     tiles_of = lax.shift_right_arithmetic(ends - begins + (tile - 1), shift)
-    tile_ends = jnp.cumsum(tiles_of)
+    tile_ends = jnp.cumsum(tiles_of, dtype=jnp.int32)
     before = tile_ends <= tile_id
-    request = jnp.minimum(jnp.sum(before.astype(jnp.int32)), num_requests)
-    offset = (tile_id - jnp.sum(jnp.where(before & (ids <= num_requests), tiles_of, 0))) * tile
+    request = jnp.minimum(jnp.sum(before, dtype=jnp.int32), num_requests)
+    offset = (tile_id - jnp.sum(jnp.where(before & (ids <= num_requests), tiles_of, 0), dtype=jnp.int32)) * tile
     begin = starts_ref[request]
     end = jnp.where(request < num_requests, starts_ref[jnp.minimum(request + 1, num_requests)], num_tokens)
     count = jnp.clip(end - begin - offset, 0, tile)

@@ -63,6 +63,11 @@ def next_power_of_two(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
+def floor_power_of_two(size: int) -> int:
+    """The largest power of two that is at most `size` (>= 1)."""
+    return 1 << (size.bit_length() - 1)
+
+
 def is_power_of_two(size: int) -> bool:
     """Triton's blocks have such sizes only."""
     return size > 0 and size & (size - 1) == 0

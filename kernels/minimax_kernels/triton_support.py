@@ -7,6 +7,7 @@ import jax
 from minimax_kernels.triton_call import is_power_of_two
 
 NARROW = ("bfloat16", "float16")
+MOST_PAGE_ELEMENTS = 128 * 128  # keys and values of a page lie in shared memory together
 
 
 def require_power_of_two(name: str, value: int, most: int) -> None:
@@ -24,3 +25,8 @@ def require_pages(q: jax.Array, cache: jax.Array, block_size: int, head_dim: int
     for name, value in (("block size", block_size), ("head_dim", head_dim)):
         if not is_power_of_two(value) or not 16 <= value <= 256:
             raise NotImplementedError(f"pallas_triton: {name} = {value} is not a power of two from 16 to 256")
+    if block_size * head_dim > MOST_PAGE_ELEMENTS:
+        raise NotImplementedError(
+            f"pallas_triton: a page of {block_size} tokens of {head_dim} channels has more than "
+            f"{MOST_PAGE_ELEMENTS} elements"
+        )

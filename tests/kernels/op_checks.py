@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -74,7 +75,9 @@ def check_dense_attention(s: Sample, impl: str | None = None) -> None:
     check_attended(result, kept, numpy_ops.attention(s, SCALE), s.live)
 
 
-def check_sparse_attention(s: Sample, seed: int, impl: str | None = None) -> None:
+def check_sparse_attention(
+    s: Sample, seed: int, impl: str | None = None, run: Callable[..., jax.Array] | None = None
+) -> None:
     """Arbitrary selections, empty ones too, per KV head or finer; ids past a token's own block add nothing."""
     shape = s.shape
     random = np.random.default_rng(seed)
@@ -86,7 +89,7 @@ def check_sparse_attention(s: Sample, seed: int, impl: str | None = None) -> Non
             chosen[head][row] = set(random.choice(shape.N, count, replace=False).tolist())
     selected = numpy_ops.as_selection(chosen, shape.topk, random)
     selected[:, ~s.live] = random.integers(-1, shape.N, (heads, (~s.live).sum(), shape.topk))
-    run = jitted("sparse_attention", scale=SCALE, impl=impl)
+    run = run or jitted("sparse_attention", scale=SCALE, impl=impl)
     out = np.full_like(s.q, SENTINEL)
     result, kept = (run(s.q, s.k_cache, s.v_cache, selected, s.batch, out=o) for o in (None, out))
     check_attended(result, kept, numpy_ops.attention(s, SCALE, chosen), s.live)

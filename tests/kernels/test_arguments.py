@@ -8,6 +8,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import minimax_kernels as mk
@@ -217,3 +218,42 @@ def test_kernels_refuse_what_they_cannot_serve(op):
         getattr(mk, op)(**ARGS[op], impl="pallas_triton")
     with pytest.raises(NotImplementedError, match="head_dim = 8 is not a power of two from 16"):
         getattr(mk, op)(**ARGS[op], impl="pallas_triton_interpret")
+
+
+@pytest.mark.parametrize("impl", [None, "reference", "pallas_triton_interpret"])
+def test_nothing_to_do(impl):
+    """No requests, no tokens, no blocks: nothing is launched, and `out` keeps what it holds."""
+    none = mk.Batch(jnp.zeros((0, 3), jnp.int32), jnp.array([0]), jnp.zeros(0, jnp.int32))
+    no_blocks = mk.Batch(jnp.zeros((1, 0), jnp.int32), jnp.array([0, 0]), jnp.array([0]))
+    caches = (jnp.ones((2, 2, 16, 16)), jnp.ones((2, 2, 16, 16)))
+    for tokens, batch in ((4, none), (4, no_blocks), (0, dataclasses.replace(none))):
+        q, idx_q, index = jnp.ones((tokens, 4, 16)), jnp.ones((tokens, 2, 16)), jnp.ones((2, 16, 16))
+        out = jnp.full_like(q, 7.0)
+        assert not mk.dense_attention(q, *caches, batch, scale=1.0, impl=impl).any()
+        assert (mk.dense_attention(q, *caches, batch, scale=1.0, out=out, impl=impl) == 7).all()
+        scores = mk.index_score(idx_q, index, batch, impl=impl)
+        assert scores.shape == (2, tokens, batch.num_blocks) and (scores == -jnp.inf).all()
+        selected = mk.select_blocks(scores, batch, topk=3, impl=impl)
+        assert selected.shape == (2, tokens, 3) and (selected == -1).all()
+        assert not mk.sparse_attention(q, *caches, selected, batch, scale=1.0, impl=impl).any()
+        assert (mk.msa(q, *caches, idx_q, index, batch, scale=1.0, topk=3, out=out, impl=impl) == 7).all()
+
+
+@pytest.mark.parametrize("op", ["dense_attention", "sparse_attention", "msa"])
+def test_scale_is_a_positive_number(op, on_a_gpu):
+    """NumPy and JAX numbers are taken, with a GPU too, where they once became traced values."""
+    with pytest.warns(UserWarning, match="falls back to 'reference'"):  # float32
+        expected = getattr(mk, op)(**ARGS[op] | {"scale": 0.5})
+        np.testing.assert_array_equal(getattr(mk, op)(**ARGS[op] | {"scale": np.float32(0.5)}), expected)
+        np.testing.assert_array_equal(getattr(mk, op)(**ARGS[op] | {"scale": jnp.float32(0.5)}), expected)
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="scale = .*: must be a positive number"):
+            getattr(mk, op)(**ARGS[op] | {"scale": wrong})
+    with pytest.raises(ValueError, match="scale is a traced value"):
+        jax.jit(lambda scale: getattr(mk, op)(**ARGS[op] | {"scale": scale}))(0.5)
+
+
+def test_integers_of_numpy_are_integers():
+    assert mk.select_blocks(**ARGS["select_blocks"] | {"topk": np.int64(2)}).shape == (2, 5, 2)
+    with pytest.raises(ValueError, match=r"batch is tuple: must be a minimax_kernels\.Batch"):
+        mk.select_blocks(jnp.zeros((2, 5, 3)), (1, 2, 3), topk=2)

@@ -24,6 +24,9 @@ from op_checks import (
 )
 
 import minimax_kernels as mk
+from minimax_kernels.launch_table import MOST_RANKED_BLOCKS, SELECT_CHUNK, PageLaunch
+from minimax_kernels.sparse_attention.pallas_triton import sparse_attention
+from minimax_kernels.triton_call import Launch
 
 IMPL = "pallas_triton_interpret"
 EXAMPLES = settings(max_examples=4)  # the interpreter is slow, and so is compiling what it makes
@@ -68,6 +71,53 @@ def test_sparse_attention_of_any_selection(name, data):
     check_sparse_attention(data.draw(samples(SHAPES[name])), data.draw(st.integers(0, 1000)), IMPL)
 
 
+PAGE_OPTIONS = {
+    "one chunk": PageLaunch(rows=16, pairs_per_program=16, workspace_bytes=1 << 30, launch=Launch(), window=8),
+    "chunks of a few tokens": PageLaunch(rows=32, pairs_per_program=8, workspace_bytes=1 << 13, launch=Launch()),
+}
+
+
+@functools.cache
+def by_page(name: str):
+    return jax.jit(
+        functools.partial(sparse_attention, scale=SCALE, interpret=True, by_page=True, page_options=PAGE_OPTIONS[name])
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("mixed", "chunks of a few tokens"), ("prefill of one", "one chunk"), ("two index heads a kv head", "one chunk")],
+)
+@settings(max_examples=3)
+@given(data=st.data())
+def test_sparse_attention_page_by_page(name, options, data):
+    """The kernel of long prefills, which small batches would not reach: runs that cross programs, windows, chunks."""
+    check_sparse_attention(data.draw(samples(SHAPES[name])), data.draw(st.integers(0, 1000)), run=by_page(options))
+
+
+def test_dense_attention_of_head_counts_that_are_no_power_of_two():
+    """Tiles of 21 rows once were cut as if they were of 16, and the last requests were never reached."""
+    requests, length, heads = 8, 64, 6
+    random = np.random.default_rng(3)
+    q = random.standard_normal((requests * length, heads, 16)).astype(np.float32)
+    caches = random.standard_normal((2, requests * 4, 1, 16, 16)).astype(np.float32)
+    tables = jnp.asarray(random.permutation(requests * 4).reshape(requests, 4), jnp.int32)
+    starts = jnp.arange(requests + 1, dtype=jnp.int32) * length
+    batch = mk.Batch(tables, starts, jnp.full((requests,), length, jnp.int32))
+    got, expected = (
+        jitted("dense_attention", scale=SCALE, impl=impl)(q, *caches, batch) for impl in (IMPL, "reference")
+    )
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+@settings(max_examples=2)
+@given(s=samples(Shape(T=3, R=3, N=130, B=16, Hq=4, Hkv=2, Hi=1, topk=3, D=16)))
+def test_msa_of_many_blocks(s):
+    """More blocks than the attention kernel ranks by itself: selection is a launch of its own."""
+    assert s.shape.N > MOST_RANKED_BLOCKS
+    check_msa(s, IMPL)
+
+
 @each_shape
 @EXAMPLES
 @given(data=st.data(), ties=st.booleans())
@@ -99,10 +149,10 @@ def test_repeats_are_equal_bit_for_bit():
     np.testing.assert_array_equal(*(np.asarray(run(*args)).view(np.uint32) for _ in range(2)))
 
 
-@pytest.mark.parametrize("width", [1, 2, 17, 300])
+@pytest.mark.parametrize("width", [1, 2, 17, 300, 2 * SELECT_CHUNK + 50])
 @pytest.mark.parametrize("kind", ["ties", "NaN and inf", "rising"])
 def test_selection_of_many_blocks(width, kind):
-    """More blocks than the kernel may hold at once; NaN ranks highest, of equal scores the lower block wins."""
+    """One chunk and several; NaN ranks highest, of equal scores the lower block wins."""
     random = np.random.default_rng(width)
     rows, topk = 6, 5
     scores = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from minimax_kernels import checks
@@ -28,7 +29,7 @@ def dense_attention(
       q: queries, Hq / Hkv of them per KV head.
       k_cache, v_cache: pages of B tokens.
       batch: whose padding rows are not written.
-      scale: of q.k before the softmax, usually D ** -0.5.
+      scale: of q.k before the softmax, usually D ** -0.5; a positive number.
       out: buffer for the result, of q's shape and any float type; rows without a token keep what they hold.
 
     Returns:
@@ -39,4 +40,7 @@ def dense_attention(
       NotImplementedError: if the named implementation cannot serve the call.
     """
     checks.check_attention(q, k_cache, v_cache, batch, out)
+    scale = checks.check_scale(scale)
+    if 0 in (q.shape[0], batch.num_requests, batch.num_blocks):  # no token, or none that sees a key
+        return jnp.zeros_like(q) if out is None else out
     return dispatch("dense_attention", _IMPLEMENTATIONS, impl, q, k_cache, v_cache, batch, scale=scale, out=out)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from jaxtyping import Array, Float
 
 from minimax_kernels.batch import Batch, tile_size
-from minimax_kernels.dense_attention import reference
 from minimax_kernels.launch_table import AttendLaunch, dense_launch
 from minimax_kernels.paged_softmax import attend_pages
 from minimax_kernels.triton_support import require_pages
@@ -26,8 +25,6 @@ def dense_attention(
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
     require_pages(q, k_cache, block_size, head_dim, interpret=interpret)
-    if 0 in (num_tokens, batch.num_blocks, batch.num_requests):
-        return reference.dense_attention(q, k_cache, v_cache, batch, scale=scale, out=out)
     launch = launch or dense_launch(
         num_tokens,
         batch.num_requests,

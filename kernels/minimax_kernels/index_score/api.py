@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from minimax_kernels import checks
@@ -29,4 +30,6 @@ def index_score(
     checks.check_float("idx_q", idx_q)
     checks.check_extent("idx_q", "D", idx_q.shape[2], index_cache.shape[2], "in index_cache")
     checks.check_batch(batch, index_cache.shape[1])
+    if 0 in (idx_q.shape[0], batch.num_requests, batch.num_blocks):
+        return jnp.full((idx_q.shape[1], idx_q.shape[0], batch.num_blocks), -jnp.inf, jnp.float32)
     return dispatch("index_score", _IMPLEMENTATIONS, impl, idx_q, index_cache, batch)

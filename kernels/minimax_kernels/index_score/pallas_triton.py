@@ -19,7 +19,6 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from minimax_kernels.batch import Batch, tile_size
-from minimax_kernels.index_score import reference
 from minimax_kernels.launch_table import ScoreLaunch, score_launch
 from minimax_kernels.ragged_tiles import locate_tile, num_tiles
 from minimax_kernels.triton_call import ceil_div, next_power_of_two, triton_call
@@ -37,8 +36,6 @@ def index_score(
     launch: ScoreLaunch | None = None,
 ) -> Float[Array, "Hi T N"]:
     """See `minimax_kernels.index_score`."""
-    if 0 in (idx_q.shape[0], batch.num_blocks, batch.num_requests):
-        return reference.index_score(idx_q, index_cache, batch)
     (scores,) = score_and_clear(idx_q, index_cache, batch, 0, interpret=interpret, launch=launch)
     return scores
 
@@ -56,7 +53,7 @@ def score_and_clear(
     num_tokens, num_heads, head_dim = idx_q.shape
     block_size, num_blocks, num_requests = index_cache.shape[1], batch.num_blocks, batch.num_requests
     require_pages(idx_q, index_cache, block_size, head_dim, interpret=interpret)
-    require_power_of_two("idx_q's Hi", num_heads, 64)
+    require_power_of_two("idx_q's Hi", num_heads, 8)
     mean_rows = tile_size(num_tokens, num_requests, most=2 * FEW_ROWS)
     launch = launch or score_launch(num_tokens, num_requests, num_blocks, num_heads, mean_rows)
     tile = launch.tile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from minimax_kernels import checks
@@ -38,6 +39,7 @@ def msa(
       NotImplementedError: if the named implementation cannot serve the call.
     """
     checks.check_attention(q, k_cache, v_cache, batch, out)
+    scale = checks.check_scale(scale)
     checks.check_rank("idx_q", idx_q, "[T, Hi, Di]")
     checks.check_rank("index_cache", index_cache, "[P, B, Di]")
     checks.check_float("idx_q", idx_q)
@@ -49,6 +51,8 @@ def msa(
         raise ValueError(f"idx_q's Hi = {index_heads}: must divide k_cache's Hkv = {kv_heads}, or be a multiple of it")
     checks.check_multiple("q's Hq", q.shape[1], "idx_q's Hi", index_heads)
     checks.check_selection(topk, init_blocks, local_blocks)
+    if 0 in (q.shape[0], batch.num_requests, batch.num_blocks):  # no token, or none that sees a key
+        return jnp.zeros_like(q) if out is None else out
     return dispatch(
         "msa",
         _IMPLEMENTATIONS,

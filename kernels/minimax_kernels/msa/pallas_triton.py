@@ -10,7 +10,6 @@ from jaxtyping import Array, Float
 from minimax_kernels.batch import Batch, tile_size
 from minimax_kernels.index_score.pallas_triton import index_score, score_and_clear
 from minimax_kernels.launch_table import MOST_RANKED_BLOCKS, attend_launch
-from minimax_kernels.msa import reference
 from minimax_kernels.paged_softmax import Selection, attend_pages
 from minimax_kernels.select_blocks.pallas_triton import select_blocks
 from minimax_kernels.sparse_attention.pallas_triton import FEW_QUERIES, sparse_attention
@@ -35,7 +34,7 @@ def msa(
 ) -> Float[Array, "T Hq D"]:
     """See `minimax_kernels.msa`.
 
-    Few queries a request: two launches (score; select and attend) up to 256 blocks a request, three beyond
+    Few queries a request: two launches (score; select and attend) up to 128 blocks a request, three beyond
     (score, select, attend). Many: score, select, and attention page by page.
     """
     num_tokens, index_heads = idx_q.shape[:2]
@@ -43,11 +42,6 @@ def msa(
     groups = max(num_kv_heads, index_heads)
     shared_by = groups // index_heads  # groups that one index head serves
     require_pages(q, k_cache, k_cache.shape[2], q.shape[2], interpret=interpret)
-    if 0 in (num_tokens, batch.num_blocks, batch.num_requests):
-        return reference.msa(
-            q, k_cache, v_cache, idx_q, index_cache, batch, scale=scale, topk=topk, init_blocks=init_blocks,
-            local_blocks=local_blocks, out=out,
-        )  # fmt: skip
     options: dict[str, Any] = {"topk": topk, "init_blocks": init_blocks, "local_blocks": local_blocks}
     if tile_size(num_tokens, batch.num_requests) > FEW_QUERIES:
         scores = index_score(idx_q, index_cache, batch, interpret=interpret)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minimax_kernels import checks
@@ -24,7 +25,8 @@ def select_blocks(
     """Picks, for each token and index head, the `topk` best visible blocks.
 
     The first `init_blocks` blocks and the last `local_blocks` up to the token's own are always taken and
-    count inside `topk`. Of equal scores the lower block id wins; NaN ranks above every number.
+    count inside `topk`. Of equal scores the lower block id wins; NaN ranks above every number,
+    and above forced blocks.
 
     Args:
       scores: from `index_score`; -inf marks what a token cannot see.
@@ -40,7 +42,10 @@ def select_blocks(
     checks.check_rank("scores", scores, "[Hi, T, N]")
     checks.check_float("scores", scores)
     checks.check_selection(topk, init_blocks, local_blocks)
+    checks.check_batch(batch)
     checks.check_extent("scores", "N", scores.shape[2], batch.num_blocks, "in batch.block_tables")
+    if 0 in (*scores.shape, batch.num_requests):
+        return jnp.full((*scores.shape[:2], topk), -1, jnp.int32)
     return dispatch(
         "select_blocks",
         _IMPLEMENTATIONS,

@@ -19,7 +19,6 @@ from jaxtyping import Array, Float, Int
 
 from minimax_kernels.batch import Batch
 from minimax_kernels.launch_table import SELECT_CHUNK, SELECT_LAUNCH
-from minimax_kernels.select_blocks import reference
 from minimax_kernels.triton_call import next_power_of_two, triton_call
 
 LOWEST = -(2**31)  # key of what cannot be chosen
@@ -41,8 +40,6 @@ def select_blocks(
     num_heads, num_tokens, num_blocks = scores.shape
     if topk > 64:
         raise NotImplementedError(f"pallas_triton: topk = {topk} is more than 64")
-    if 0 in scores.shape:
-        return reference.select_blocks(scores, batch, topk=topk, init_blocks=init_blocks, local_blocks=local_blocks)
     kernel = functools.partial(
         _select_kernel,
         num_tokens=num_tokens,
@@ -86,11 +83,11 @@ def _select_kernel(scores_ref, starts_ref, out_ref, *, num_tokens, num_blocks, c
 
     # the token's own block: the visible ones are 0 .. own
     if num_chunks == 1:
-        own = jnp.sum((load(0)[1] != -jnp.inf).astype(jnp.int32)) - 1
+        own = jnp.sum(load(0)[1] != -jnp.inf, dtype=jnp.int32) - 1
     else:
 
         def count(i, visible):
-            return visible + jnp.sum((load(i * chunk)[1] != -jnp.inf).astype(jnp.int32))
+            return visible + jnp.sum(load(i * chunk)[1] != -jnp.inf, dtype=jnp.int32)
 
         own = lax.fori_loop(0, num_chunks, count, jnp.int32(0)) - 1
         chunks = (own + chunk) // chunk  # what is past the own block is not visible

@@ -55,4 +55,4 @@ def rank_blocks(
 
     steps = lax.div(own + RIVALS, RIVALS)
     better = lax.fori_loop(0, steps, count, jnp.zeros((RIVALS, blocks.shape[0]), jnp.int32))
-    return blocks, jnp.where(blocks <= own, jnp.sum(better, axis=0), 2**30)
+    return blocks, jnp.where(blocks <= own, jnp.sum(better, axis=0, dtype=jnp.int32), 2**30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minimax_kernels import checks
@@ -31,7 +32,7 @@ def sparse_attention(
       selected: logical block ids, unique per row, -1 for none. A multiple of Hkv selections is also taken
         (a KV group then splits into that many parts with a selection each).
       batch: whose padding rows are not written.
-      scale: of q.k before the softmax, usually D ** -0.5.
+      scale: of q.k before the softmax, usually D ** -0.5; a positive number.
       out: buffer for the result, of q's shape and any float type; rows without a token keep what they hold.
 
     Returns:
@@ -42,12 +43,15 @@ def sparse_attention(
       NotImplementedError: if the named implementation cannot serve the call.
     """
     checks.check_attention(q, k_cache, v_cache, batch, out)
+    scale = checks.check_scale(scale)
     checks.check_rank("selected", selected, "[Hkv, T, topk]")
     checks.check_int("selected", selected)
     checks.check_extent("selected", "T", selected.shape[1], q.shape[0], "in q")
     checks.check_positive("selected's topk", selected.shape[2])
     checks.check_multiple("selected's Hkv", selected.shape[0], "k_cache's Hkv", k_cache.shape[1])
     checks.check_multiple("q's Hq", q.shape[1], "selected's Hkv", selected.shape[0])
+    if 0 in (q.shape[0], batch.num_requests, batch.num_blocks):  # no token, or none that sees a key
+        return jnp.zeros_like(q) if out is None else out
     return dispatch(
         "sparse_attention", _IMPLEMENTATIONS, impl, q, k_cache, v_cache, selected, batch, scale=scale, out=out
     )

@@ -49,7 +49,10 @@ def attend_by_page(
     chunk = max(launch.workspace_bytes // pair_bytes, 1)
     num_chunks = ceil_div(num_tokens, chunk)
     chunk = ceil_div(num_tokens, num_chunks)
-    request, live = row_requests(batch, num_tokens)
+    request, position = row_positions(batch, num_tokens)
+    live = position >= 0
+    # what a token cannot see names no page of its own
+    selected = jnp.where(selected * k_cache.shape[2] <= position[None, :, None], selected, -1)
     if out is None:
         out = None if num_chunks == 1 else jnp.zeros_like(q)
     for first in range(0, num_tokens, chunk):
@@ -66,11 +69,13 @@ def attend_by_page(
     return out
 
 
-def row_requests(batch: Batch, num_tokens: int) -> tuple[Int[Array, "T"], Bool[Array, "T"]]:
-    """The request of each flat row (the last one for padding), and whether it is a token at all."""
-    rows = jnp.arange(num_tokens, dtype=jnp.int32)
-    request = jnp.sum(rows[:, None] >= batch.query_starts[None, 1:], axis=1, dtype=jnp.int32)
-    return jnp.minimum(request, batch.num_requests - 1), rows < batch.query_starts[-1]
+def row_positions(batch: Batch, num_tokens: int) -> tuple[Int[Array, "T"], Int[Array, "T"]]:
+    """The request of each flat row (the last one for padding), and its position there (-1 for padding)."""
+    rows, starts = jnp.arange(num_tokens, dtype=jnp.int32), batch.query_starts
+    request = jnp.sum(rows[:, None] >= starts[None, 1:], axis=1, dtype=jnp.int32)
+    request = jnp.minimum(request, batch.num_requests - 1)
+    position = batch.kv_lens[request] - starts[request + 1] + rows
+    return request, jnp.where(rows < starts[-1], position, -1).astype(jnp.int32)
 
 
 def sort_pairs(
@@ -148,7 +153,7 @@ def _attend_kernel(
     def run_of_pairs(state):
         """All pairs of this program that want one page."""
         start, key = state
-        count = jnp.sum((all_keys == key).astype(jnp.int32))
+        count = jnp.sum(all_keys == key, dtype=jnp.int32)
         group = lax.rem(lax.div(key, num_requests * num_blocks), groups)
         request = lax.rem(lax.div(key, num_blocks), num_requests)
         block = lax.rem(key, num_blocks)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Int
 
 from minimax_kernels.batch import Batch, tile_size
-from minimax_kernels.launch_table import attend_launch, page_launch
+from minimax_kernels.launch_table import PageLaunch, attend_launch, page_launch
 from minimax_kernels.paged_softmax import Selection, attend_pages
-from minimax_kernels.sparse_attention import reference
 from minimax_kernels.sparse_attention.by_page import attend_by_page
 from minimax_kernels.triton_call import ceil_div, is_power_of_two
 from minimax_kernels.triton_support import require_pages
@@ -27,17 +26,16 @@ def sparse_attention(
     out: Float[Array, "T Hq D"] | None,
     interpret: bool = False,
     by_page: bool | None = None,
+    page_options: PageLaunch | None = None,
 ) -> Float[Array, "T Hq D"]:
-    """See `minimax_kernels.sparse_attention`; `by_page` picks one of the two kernels, None the faster."""
+    """See `minimax_kernels.sparse_attention`; `by_page` picks one of the two kernels, None the faster by size."""
     num_tokens, num_heads, head_dim = q.shape
     groups, _, topk = selected.shape
     require_pages(q, k_cache, k_cache.shape[2], head_dim, interpret=interpret)
-    if 0 in (num_tokens, batch.num_blocks, batch.num_requests):
-        return reference.sparse_attention(q, k_cache, v_cache, selected, batch, scale=scale, out=out)
     rows_per_token = num_heads // groups
     if by_page is None:
         by_page = tile_size(num_tokens, batch.num_requests) > FEW_QUERIES and num_tokens > FEW_TOKENS
-    launch = page_launch(num_tokens, rows_per_token, groups, topk)
+    launch = page_options or page_launch(num_tokens, rows_per_token, groups, topk)
     keys = ceil_div(num_tokens, launch.window) * groups * batch.num_requests * batch.num_blocks
     if by_page and keys < 2**31 - 1 and rows_per_token <= 64 and is_power_of_two(rows_per_token):
         return attend_by_page(
