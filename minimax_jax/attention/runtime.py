@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from minimax_jax.attention.layout import StepLayout
+from minimax_jax.attention.layout import StepLayout, check_pages
 from minimax_jax.attention.paged import attend_paged
 from minimax_jax.buckets import bucket
 from minimax_jax.cache import PagePool
@@ -71,15 +71,14 @@ class PagedAttention:
 
         Rows of `out` past the live tokens keep what they hold. `out` is consumed.
         """
-        k_cache, v_cache, index_cache = runtime.pool.layer(layer_id, runtime.life)
         slots, batch = runtime.slots(q.shape[0]), runtime.batch
-        if idx_q is None or idx_k is None or index_cache is None:
-            k_cache, v_cache, out = self._dense(k_cache, v_cache, out, q, k, v, slots, batch)
-        else:
-            k_cache, v_cache, index_cache, out = self._sparse(
-                k_cache, v_cache, index_cache, out, q, k, v, idx_q, idx_k, slots, batch
-            )
-        runtime.pool.store_layer(layer_id, runtime.life, k_cache, v_cache, index_cache)
+        with runtime.pool.borrow_layer(layer_id, runtime.life) as lent:
+            if idx_q is None or idx_k is None or lent.index is None:
+                lent.k, lent.v, out = self._dense(lent.k, lent.v, out, q, k, v, slots, batch)
+            else:
+                lent.k, lent.v, lent.index, out = self._sparse(
+                    lent.k, lent.v, lent.index, out, q, k, v, idx_q, idx_k, slots, batch
+                )
         return out
 
     def _dense_layer(self, k_cache, v_cache, out, q, k, v, slots, batch):
@@ -120,11 +119,7 @@ class StepRuntime:
         shown = layout.block_tables[:, :width]
         tables[:requests, : shown.shape[1]] = shown
         held = np.arange(shown.shape[1]) < -(-layout.kv_lens[:, None] // block_size)
-        if held.any() and not 0 <= shown[held].min() <= shown[held].max() < pool.num_pages:
-            raise ValueError(
-                f"block_tables name pages {shown[held].min()}..{shown[held].max()}: must be within "
-                f"0..{pool.num_pages - 1}, the pool's"
-            )
+        check_pages(shown[held], pool.num_pages)
         starts = np.full(rows + 1, layout.num_tokens, np.int32)
         starts[: requests + 1] = layout.query_starts
         kv_lens = np.zeros(rows, np.int32)
