@@ -87,7 +87,43 @@ def generate_tokens(
         chooses the faster of the first two for each step.
       pool: pages to use, at least as many as the sequences need; it may be resized between tokens, though not
         below what the tables name (ValueError at the next step). None for one of its own, freed at the end.
+
+    Raises:
+      ValueError: at once, for an unknown execution or fewer than one new token; at the first token, if the pool is
+        too small.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
+    return _generated(
+        steps,
+        leaves,
+        config,
+        prompts,
+        options,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        cache_dtype=cache_dtype,
+        max_prefill_tokens=max_prefill_tokens,
+        execution=check_execution(execution),
+        pool=pool,
+    )
+
+
+def _generated(
+    steps: Steps,
+    leaves: list[jax.Array],
+    config: MiniMaxM3Config,
+    prompts: list[np.ndarray],
+    options: GenerationConfig,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    cache_dtype: DTypeLike,
+    max_prefill_tokens: int,
+    execution: str,
+    pool: PagePool | None,
+) -> Iterator[np.ndarray]:
+    """The generator behind `generate_tokens`, whose arguments were checked."""
     num_rows = len(prompts)
     rows = bucket(num_rows)
     block_size = config.index_block_size
@@ -98,7 +134,7 @@ def generate_tokens(
     if held.num_pages < sum(pages_of):
         raise ValueError(f"pool has {held.num_pages} pages: must have at least {sum(pages_of)} for these sequences")
     sampling = sampling_state(seed, rows, options.temperature, options.top_p, options.top_k, config.vocab_size)
-    run = _Run(steps, leaves, held, tables, block_size, sampling, options, check_execution(execution))
+    run = _Run(steps, leaves, held, tables, block_size, sampling, options, execution)
     try:
         first = np.zeros(rows, np.int32)
         for chunk in prefill_chunks([len(p) for p in prompts], max_prefill_tokens):

@@ -74,7 +74,7 @@ class SegmentedPrefill:
             compiler_options=compiler_options,
             dump_to=dump_to,
         )
-        self._head = jax.jit(self._pick, donate_argnums=(), static_argnames=("greedy", "truncated"))
+        self._head = jax.jit(self._pick, static_argnames=("greedy", "truncated"))
 
     def __call__(
         self,
