@@ -137,7 +137,10 @@ class SegmentedFunction:
         program = self._program(call.values, tree, rows)
         spent = HostTime()
         with self._counting_failures():
+            old = program.replaced(call)
             captures = program.captured(call)
+            if old:
+                self._let_go(old)
             if captures is not None:
                 kind, results = "replays", program.replay(call, captures, spent)
             elif all(entry.warmups >= self._warmups for entry in program.entries):
@@ -173,6 +176,13 @@ class SegmentedFunction:
             for programs in self._programs.values():
                 for program in programs:
                     program.clear()
+
+    def _let_go(self, leaves: list[Any]) -> None:
+        """Has all buckets forget captures of leaves that were replaced, so that old weights do not stay alive."""
+        with self._lock:
+            for programs in self._programs.values():
+                for program in programs:
+                    program.let_go({id(leaf) for leaf in leaves})
 
     def stats(self) -> Stats:
         """What happened so far."""
