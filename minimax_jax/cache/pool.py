@@ -160,8 +160,9 @@ class PagePool:
         if old[0].shape[0] == self.num_pages:
             return
         # all of a layer's before any is replaced: a failure leaves no layer in halves
-        new = [None if pool is None else _resized(pool, self.num_pages) for pool in old]
-        self._k[layer_id], self._v[layer_id], self._index[layer_id] = new
+        k, v = _resized(old[0], self.num_pages), _resized(old[1], self.num_pages)
+        index = None if old[2] is None else _resized(old[2], self.num_pages)
+        self._k[layer_id], self._v[layer_id], self._index[layer_id] = k, v, index
         for pool in old:
             if pool is not None:
                 pool.delete()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import collections
 import contextlib
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -250,7 +251,7 @@ class SegmentedFunction:
             return program
 
     def _run_exact(self, kind: str, leaves: list[Any], tree: Any, live: int, runtime: Any) -> Any:
-        call = _call(list(leaves), live, runtime)
+        call = dataclasses.replace(_call(list(leaves), live, runtime), size="exact")
         key = (tree, tuple(aval_of(leaf) for leaf in leaves))
         with self._lock:
             program = self._exact.pop(key, None)

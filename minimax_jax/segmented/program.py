@@ -6,7 +6,7 @@ import dataclasses
 import time
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -46,6 +46,7 @@ class Call:
       live: rows that hold data.
       runtime: for the boundaries.
       epoch, life: of the runtime's resources, as they were when the call began.
+      size: whether the rows are a bucket's, as boundaries are told.
     """
 
     values: list[Any]
@@ -53,6 +54,7 @@ class Call:
     runtime: Any
     epoch: Epoch | None
     life: int
+    size: Literal["bucket", "exact"] = "bucket"
 
 
 @dataclasses.dataclass
@@ -304,7 +306,7 @@ class Program:
         name = crossing.params["name"]
         runtime = crossing.params["runtime"] if call.runtime is None else call.runtime
         try:
-            told = BoundaryCall(name, where, call.live, runtime, self._placement.mesh)
+            told = BoundaryCall(name, where, call.live, runtime, self._placement.mesh, call.size)
             results = call_host(told, step.params, operands)
         except StaleCaptureError:
             raise
