@@ -1,7 +1,7 @@
 """What runs where attention meets its context."""
 
 from minimax_jax.attention.boundary import ATTENTION, BoundaryAttend
-from minimax_jax.attention.layout import StepLayout, step_layout
+from minimax_jax.attention.layout import StepLayout, check_pages, step_layout
 from minimax_jax.attention.reference import ReferenceAttend
 from minimax_jax.attention.runtime import PagedAttention, StepRuntime
 from minimax_jax.attention.traced import TracedAttend
@@ -14,5 +14,6 @@ __all__ = [
     "StepLayout",
     "StepRuntime",
     "TracedAttend",
+    "check_pages",
     "step_layout",
 ]

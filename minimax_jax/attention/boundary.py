@@ -38,9 +38,12 @@ def attention_boundary(
     runtime = call.runtime
     if not isinstance(runtime, StepRuntime):
         raise TypeError(f"runtime is {type(runtime).__name__}: must be a StepRuntime (`PagedAttention.step`)")
-    if call.live is not None and runtime.layout.num_tokens > call.live:
-        raise ValueError(f"runtime has {runtime.layout.num_tokens} tokens: must be at most {call.live}, the call's")
-    return runtime.attention.attend(runtime, layer, q, k, v, idx_q, idx_k, out)
+    tokens = runtime.layout.num_tokens
+    if call.size is not None and tokens != call.live:
+        raise ValueError(f"runtime has {tokens} tokens: must be {call.live}, as the call")
+    if call.live is not None and tokens > call.live:  # under plain jax.jit the caller may have padded
+        raise ValueError(f"runtime has {tokens} tokens: must be at most {call.live}, the call's")
+    return runtime.attention.attend(runtime, layer, q, k, v, idx_q, idx_k, out, exact=call.size == "exact")
 
 
 class BoundaryAttend:

@@ -54,3 +54,11 @@ def step_layout(
     positions = np.arange(starts[-1]) - starts[request] + (kv_lens - query_lens)[request]
     slots = block_tables[request, positions // block_size] * block_size + positions % block_size
     return StepLayout(np.asarray(block_tables, np.int32), starts, kv_lens, slots.astype(np.int32))
+
+
+def check_pages(pages: Int[np.ndarray, "..."], num_pages: int) -> None:
+    """Raises ValueError if a page that tables name is not in a pool of `num_pages`."""
+    if pages.size and not 0 <= pages.min() <= pages.max() < num_pages:
+        raise ValueError(
+            f"block_tables name pages {pages.min()}..{pages.max()}: must be within 0..{num_pages - 1}, the pool's"
+        )

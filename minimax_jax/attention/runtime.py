@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from minimax_jax.attention.layout import StepLayout
+from minimax_jax.attention.layout import StepLayout, check_pages
 from minimax_jax.attention.paged import attend_paged
 from minimax_jax.buckets import bucket
 from minimax_jax.cache import PagePool
 from minimax_jax.config import MiniMaxM3Config
+from minimax_jax.recent import RecentJits
 from minimax_kernels import Batch, write_index, write_kv
 
 
@@ -26,7 +27,7 @@ class PagedAttention:
     all of them bucketed, and for the pool's size.
 
     Attributes:
-      traces: how often one was traced; steady serving leaves it unchanged.
+      traces: how often one was traced; combinations that were met before leave it unchanged.
     """
 
     def __init__(
@@ -44,9 +45,17 @@ class PagedAttention:
         self.traces = 0
         self._config, self._impl = config, impl
         options = dict(compiler_options) if compiler_options else None
+
         # pools and output buffer are donated: written where they lie
-        self._dense = jax.jit(self._dense_layer, donate_argnums=(0, 1, 2), compiler_options=options)
-        self._sparse = jax.jit(self._sparse_layer, donate_argnums=(0, 1, 2, 3), compiler_options=options)
+        def jits() -> tuple[Any, ...]:
+            dense, sparse = functools.partial(self._dense_layer), functools.partial(self._sparse_layer)
+            return (
+                jax.jit(dense, donate_argnums=(0, 1, 2), compiler_options=options),
+                jax.jit(sparse, donate_argnums=(0, 1, 2, 3), compiler_options=options),
+            )
+
+        self._dense, self._sparse = jits()
+        self._exact = RecentJits(jits)
 
     def step(self, pool: PagePool, layout: StepLayout) -> StepRuntime:
         """What the boundary needs for one step over a pool, in the pool's current life.
@@ -66,20 +75,25 @@ class PagedAttention:
         idx_q: Float[Array, "T Hi Di"] | None,
         idx_k: Float[Array, "T 1 Di"] | None,
         out: Float[Array, "T Hq*D"],
+        *,
+        exact: bool = False,
     ) -> Float[Array, "T Hq*D"]:
         """One layer: launches its executable over the pool's buffers and stores what comes back.
 
         Rows of `out` past the live tokens keep what they hold. `out` is consumed.
+
+        Args:
+          exact: whether the rows are no bucket's: executables of the latest few such sizes are kept.
         """
-        k_cache, v_cache, index_cache = runtime.pool.layer(layer_id, runtime.life)
+        dense, sparse = self._exact.get(q.shape[0]) if exact else (self._dense, self._sparse)
         slots, batch = runtime.slots(q.shape[0]), runtime.batch
-        if idx_q is None or idx_k is None or index_cache is None:
-            k_cache, v_cache, out = self._dense(k_cache, v_cache, out, q, k, v, slots, batch)
-        else:
-            k_cache, v_cache, index_cache, out = self._sparse(
-                k_cache, v_cache, index_cache, out, q, k, v, idx_q, idx_k, slots, batch
-            )
-        runtime.pool.store_layer(layer_id, runtime.life, k_cache, v_cache, index_cache)
+        with runtime.pool.borrow_layer(layer_id, runtime.life) as lent:
+            if idx_q is None or idx_k is None or lent.index is None:
+                lent.k, lent.v, out = dense(lent.k, lent.v, out, q, k, v, slots, batch)
+            else:
+                lent.k, lent.v, lent.index, out = sparse(
+                    lent.k, lent.v, lent.index, out, q, k, v, idx_q, idx_k, slots, batch
+                )
         return out
 
     def _dense_layer(self, k_cache, v_cache, out, q, k, v, slots, batch):
@@ -120,11 +134,7 @@ class StepRuntime:
         shown = layout.block_tables[:, :width]
         tables[:requests, : shown.shape[1]] = shown
         held = np.arange(shown.shape[1]) < -(-layout.kv_lens[:, None] // block_size)
-        if held.any() and not 0 <= shown[held].min() <= shown[held].max() < pool.num_pages:
-            raise ValueError(
-                f"block_tables name pages {shown[held].min()}..{shown[held].max()}: must be within "
-                f"0..{pool.num_pages - 1}, the pool's"
-            )
+        check_pages(shown[held], pool.num_pages)
         starts = np.full(rows + 1, layout.num_tokens, np.int32)
         starts[: requests + 1] = layout.query_starts
         kv_lens = np.zeros(rows, np.int32)

@@ -34,16 +34,16 @@ def sized_pool(
     Raises:
       ValueError: if the device tells no memory and `num_pages` is None, or not even one sequence would fit.
     """
+    device = next(iter(leaves[0].devices()))
+    if num_pages is None and device.memory_stats() is None:
+        raise ValueError("num_pages: must be given, this device does not tell its memory")
     block_size = config.index_block_size
     small = -(-steps.layers.buckets[-1] // block_size)
     pool = PagePool(config, small if num_pages is None else min(small, num_pages), dtype, leaves[0].sharding)
     steps.warm_up(leaves, pool)
     if num_pages is None:
         page_bytes = block_size * cache_bytes_per_token(config, itemsize=jax.numpy.dtype(dtype).itemsize)
-        memory = next(iter(leaves[0].devices())).memory_stats()
-        if memory is None:
-            pool.release()
-            raise ValueError("num_pages: must be given, this device does not tell its memory")
+        memory = device.memory_stats()
         num_pages = pages_that_fit(
             memory["bytes_limit"], memory["peak_bytes_in_use"], pool.num_pages * page_bytes, page_bytes, memory_fraction
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 
@@ -10,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from minimax_jax.attention import step_layout
+from minimax_jax.attention import check_pages, step_layout
 from minimax_jax.buckets import bucket
-from minimax_jax.cache import PagePool
+from minimax_jax.cache import LentCaches, PagePool
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.engine.execution import check_execution, prefill_execution
 from minimax_jax.engine.generation_config import GenerationConfig
@@ -84,9 +85,45 @@ def generate_tokens(
       execution: "segmented" runs prefill as segments around host-side attention and decode as one executable;
         "whole" runs both as one executable each; "eager" runs both as segments at their exact sizes; "auto"
         chooses the faster of the first two for each step.
-      pool: pages to use, at least as many as the sequences need; it may be resized between tokens. None for one of
-        its own, which is freed at the end.
+      pool: pages to use, at least as many as the sequences need; it may be resized between tokens, though not
+        below what the tables name (ValueError at the next step). None for one of its own, freed at the end.
+
+    Raises:
+      ValueError: at once, for an unknown execution or fewer than one new token; at the first token, if the pool is
+        too small.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
+    return _generated(
+        steps,
+        leaves,
+        config,
+        prompts,
+        options,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        cache_dtype=cache_dtype,
+        max_prefill_tokens=max_prefill_tokens,
+        execution=check_execution(execution),
+        pool=pool,
+    )
+
+
+def _generated(
+    steps: Steps,
+    leaves: list[jax.Array],
+    config: MiniMaxM3Config,
+    prompts: list[np.ndarray],
+    options: GenerationConfig,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    cache_dtype: DTypeLike,
+    max_prefill_tokens: int,
+    execution: str,
+    pool: PagePool | None,
+) -> Iterator[np.ndarray]:
+    """The generator behind `generate_tokens`, whose arguments were checked."""
     num_rows = len(prompts)
     rows = bucket(num_rows)
     block_size = config.index_block_size
@@ -97,7 +134,7 @@ def generate_tokens(
     if held.num_pages < sum(pages_of):
         raise ValueError(f"pool has {held.num_pages} pages: must have at least {sum(pages_of)} for these sequences")
     sampling = sampling_state(seed, rows, options.temperature, options.top_p, options.top_k, config.vocab_size)
-    run = _Run(steps, leaves, held, tables, block_size, sampling, options, check_execution(execution))
+    run = _Run(steps, leaves, held, tables, block_size, sampling, options, execution)
     try:
         first = np.zeros(rows, np.int32)
         for chunk in prefill_chunks([len(p) for p in prompts], max_prefill_tokens):
@@ -137,6 +174,7 @@ class _Run:
     ):
         self._steps, self._leaves, self._pool = steps, leaves, pool
         self._tables, self._block_size = tables, block_size
+        self._checked_life: int | None = None  # of the pool, in which the tables were found to fit
         self._sampling, self._execution = sampling, execution
         self._greedy, self._truncated = options.greedy, options.top_k > 0 or options.top_p < 1
         self._num_layers = len(pool.caches.k)
@@ -172,33 +210,41 @@ class _Run:
         padded["tokens"][:live], padded["positions"][:live] = step.tokens, step.positions
         padded["slots"][:live], padded["slots"][live:] = layout.slots, -1
         batch = Batch(*map(jnp.asarray, (layout.block_tables, layout.query_starts, layout.kv_lens)))
-        life = self._pool.epoch.value
-        picked, caches = self._steps.prefill(
-            self._leaves,
-            self._pool.caches,
-            *padded.values(),
-            batch,
-            self._sampling,
-            greedy=self._greedy,
-            truncated=self._truncated,
-        )
-        self._pool.store(caches, life)
+        with self._borrowed() as lent:
+            picked, lent.caches = self._steps.prefill(
+                self._leaves,
+                lent.caches,
+                *padded.values(),
+                batch,
+                self._sampling,
+                greedy=self._greedy,
+                truncated=self._truncated,
+            )
         return picked
+
+    @contextlib.contextmanager
+    def _borrowed(self) -> Iterator[LentCaches]:
+        """The pools for one whole step, which must still hold every page of the tables."""
+        with self._pool.borrow() as lent:
+            if self._checked_life != self._pool.epoch.value:
+                check_pages(self._tables, self._pool.num_pages)
+                self._checked_life = self._pool.epoch.value
+            yield lent
 
     def decode(self, first: np.ndarray, kv_lens: np.ndarray, num_rows: int, count: int) -> Iterator[jax.Array]:
         """Decode steps as one executable; tokens stay on the device from step to step."""
         tokens, lengths, tables = jnp.asarray(first), jnp.asarray(kv_lens), jnp.asarray(self._tables)
         for _ in range(count):
-            life = self._pool.epoch.value
-            state = self._steps.decode(
-                self._leaves,
-                DecodeState(tokens, lengths, self._pool.caches),
-                tables,
-                self._sampling,
-                greedy=self._greedy,
-                truncated=self._truncated,
-            )
-            self._pool.store(state.caches, life)
+            with self._borrowed() as lent:
+                state = self._steps.decode(
+                    self._leaves,
+                    DecodeState(tokens, lengths, lent.caches),
+                    tables,
+                    self._sampling,
+                    greedy=self._greedy,
+                    truncated=self._truncated,
+                )
+                lent.caches = state.caches
             tokens, lengths = state.tokens, state.kv_lens
             yield tokens
 

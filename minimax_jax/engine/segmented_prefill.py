@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from minimax_jax.cache import PagePool
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.engine.sampler import SamplingState, pick_tokens
 from minimax_jax.model import merge_model
+from minimax_jax.recent import RecentJits
 from minimax_jax.segmented import segmented_jit
 
 LEAST_BUCKET = 16
@@ -74,7 +76,12 @@ class SegmentedPrefill:
             compiler_options=compiler_options,
             dump_to=dump_to,
         )
-        self._head = jax.jit(self._pick, donate_argnums=(), static_argnames=("greedy", "truncated"))
+
+        def head() -> tuple[Any, ...]:
+            return (jax.jit(functools.partial(self._pick), static_argnames=("greedy", "truncated")),)
+
+        (self._head,) = head()
+        self._exact_heads = RecentJits(head)
 
     def __call__(
         self,
@@ -106,10 +113,16 @@ class SegmentedPrefill:
         requests = len(step.layout.kv_lens)
         last[:requests] = np.maximum(step.layout.query_starts[1:] - 1, 0)
         kv_lens[:requests] = step.layout.kv_lens
-        return self._head(leaves, hidden, last, kv_lens, sampling, greedy=greedy, truncated=truncated)
+        exact = eager or len(step.tokens) > self.layers.buckets[-1]
+        head = self._exact_heads.get(hidden.shape[0])[0] if exact else self._head
+        return head(leaves, hidden, last, kv_lens, sampling, greedy=greedy, truncated=truncated)
 
     def warm_up(self, leaves: list[Array], pool: PagePool, buckets: Sequence[int] | None = None) -> None:
-        """Compiles and captures buckets, largest first, over tokens that write to no page."""
+        """Compiles and captures buckets, largest first, over tokens that write to no page.
+
+        Attention is compiled for one request of a bucket's tokens only; more requests or pages a request compile
+        their own when they are first met, and so does the head.
+        """
 
         def example(num_tokens: int) -> tuple[tuple[Any, ...], Any]:
             block_size = self._config.index_block_size

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.extend.core as jex
@@ -33,6 +33,7 @@ class BoundaryCall:
         Outside of `segmented_jit` all rows of the first operand; None if that has no axis 0.
       mesh: under a mesh, its devices: operands and results are then [devices, *shape on one device].
       runtime: whatever the caller handed over for this call (plans, pools, Python state), or None.
+      size: "bucket" if the rows are those of a bucket, "exact" if they are any number; None outside `segmented_jit`.
     """
 
     name: str
@@ -40,6 +41,7 @@ class BoundaryCall:
     live: int | None
     runtime: Any
     mesh: jax.sharding.Mesh | None = None
+    size: Literal["bucket", "exact"] | None = None
 
     def rows(self, x: Any) -> Any:
         """The live rows of an operand. On a device this compiles for every count: kernels rather take `live`."""

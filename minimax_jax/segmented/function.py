@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import collections
 import contextlib
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -137,7 +138,10 @@ class SegmentedFunction:
         program = self._program(call.values, tree, rows)
         spent = HostTime()
         with self._counting_failures():
+            old = program.replaced(call)
             captures = program.captured(call)
+            if old:
+                self._let_go(old)
             if captures is not None:
                 kind, results = "replays", program.replay(call, captures, spent)
             elif all(entry.warmups >= self._warmups for entry in program.entries):
@@ -173,6 +177,13 @@ class SegmentedFunction:
             for programs in self._programs.values():
                 for program in programs:
                     program.clear()
+
+    def _let_go(self, leaves: list[Any]) -> None:
+        """Has all buckets forget captures of leaves that were replaced, so that old weights do not stay alive."""
+        with self._lock:
+            for programs in self._programs.values():
+                for program in programs:
+                    program.let_go({id(leaf) for leaf in leaves})
 
     def stats(self) -> Stats:
         """What happened so far."""
@@ -240,7 +251,7 @@ class SegmentedFunction:
             return program
 
     def _run_exact(self, kind: str, leaves: list[Any], tree: Any, live: int, runtime: Any) -> Any:
-        call = _call(list(leaves), live, runtime)
+        call = dataclasses.replace(_call(list(leaves), live, runtime), size="exact")
         key = (tree, tuple(aval_of(leaf) for leaf in leaves))
         with self._lock:
             program = self._exact.pop(key, None)

@@ -6,7 +6,7 @@ import dataclasses
 import time
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -46,6 +46,7 @@ class Call:
       live: rows that hold data.
       runtime: for the boundaries.
       epoch, life: of the runtime's resources, as they were when the call began.
+      size: whether the rows are a bucket's, as boundaries are told.
     """
 
     values: list[Any]
@@ -53,6 +54,7 @@ class Call:
     runtime: Any
     epoch: Epoch | None
     life: int
+    size: Literal["bucket", "exact"] = "bucket"
 
 
 @dataclasses.dataclass
@@ -130,6 +132,12 @@ class Program:
         self._num_slots = len(slots)
         self._steps = [self._step(step, slots) for step in split.steps]
         self._outputs = [self._source(atom, slots) for atom in split.traced.outvars]
+        # no result may be the caller's argument, what this program keeps, or another result: it may be donated later
+        made = {slot for step in self._steps for slot in step.results}
+        self._copied_outputs = [
+            source not in made or source in self._outputs[:number] if isinstance(source, int) else True
+            for number, source in enumerate(self._outputs)
+        ]
         self._output_names = [None if is_literal(atom) else atom for atom in split.traced.outvars]
         self._held: tuple[Any, ...] = ()  # leaves as they were captured last
 
@@ -211,6 +219,18 @@ class Program:
         """Drops the captured leaves."""
         self._held = ()
 
+    def replaced(self, call: Call) -> list[Any]:
+        """Captured leaves in whose place the call brings others."""
+        held = self._held
+        return [old for old, new in zip(held, call.values, strict=False) if old is not None and old is not new]
+
+    def let_go(self, leaves: set[int]) -> None:
+        """Drops the captures if they hold one of these leaves (by id); they are taken anew at the next call."""
+        if any(id(leaf) in leaves for leaf in self._held if leaf is not None):
+            self._held = ()
+            for entry in self.entries:
+                entry.capture = None
+
     def _run(self, call: Call, captures: list[Capture] | None, found: _Recording | None, spent: HostTime) -> list[Any]:
         start = time.perf_counter()
         values = call.values + self._consts
@@ -225,6 +245,10 @@ class Program:
                 self._cross(step, call, values)
                 spent.boundaries += time.perf_counter() - began
         results = [values[source] if isinstance(source, int) else source for source in self._outputs]
+        results = [
+            jax.numpy.array(result, copy=True) if copied else result
+            for result, copied in zip(results, self._copied_outputs, strict=True)
+        ]
         results = self._placement.finish(results, self._output_names)
         spent.total += time.perf_counter() - start
         return results
@@ -282,7 +306,7 @@ class Program:
         name = crossing.params["name"]
         runtime = crossing.params["runtime"] if call.runtime is None else call.runtime
         try:
-            told = BoundaryCall(name, where, call.live, runtime, self._placement.mesh)
+            told = BoundaryCall(name, where, call.live, runtime, self._placement.mesh, call.size)
             results = call_host(told, step.params, operands)
         except StaleCaptureError:
             raise

@@ -19,7 +19,7 @@ from segmented_steps import (
 from small_models import random_prompt, small_config, small_model
 
 from minimax_jax import MiniMaxM3ForCausalLM
-from minimax_jax.attention import BoundaryAttend
+from minimax_jax.attention import BoundaryAttend, PagedAttention
 from minimax_jax.buckets import buckets_up_to
 from minimax_jax.cache import PagePool
 from minimax_jax.engine.cache_sizing import pages_that_fit, sized_pool
@@ -134,7 +134,7 @@ def test_caches_are_written_in_place(model, steps):
     assert [cache.unsafe_buffer_pointer() for cache in jax.tree.leaves(pool.caches)] == places
 
 
-def test_steady_serving_compiles_nothing_after_warm_up(model):
+def test_serving_compiles_nothing_once_all_combinations_were_met(model):
     """Requests, their lengths, pages and tokens vary from step to step within an envelope that was warmed up."""
     config = model.config
     steps, pool = segmented_steps(model, max_tokens=16), pool_of(model)
@@ -333,8 +333,10 @@ def test_errors_name_the_layer_and_what_is_wrong(model, steps):
     with pytest.raises(ValueError, match=r"block_tables name pages 5..5: must be within 0..3"):
         steps.attention.step(pool_of(model, 4), step.layout)
     more = make_step(model.config, TABLES[:1], [17], [17])
-    with pytest.raises(BoundaryError, match="runtime has 17 tokens: must be at most 16"):
-        steps.layers(*arguments, runtime=steps.attention.step(pool_of(model), more.layout))
+    less = make_step(model.config, TABLES[:1], [15], [15])
+    for other in (more, less):
+        with pytest.raises(BoundaryError, match=rf"runtime has {len(other.tokens)} tokens: must be 16, as the call"):
+            steps.layers(*arguments, runtime=steps.attention.step(pool_of(model), other.layout))
     with pytest.raises(ValueError, match=r"query_lens = \[3\]: must be at most kv_lens = \[2\]"):
         make_step(model.config, TABLES[:1], [3], [2])
     with pytest.raises(ValueError, match="kv_lens has 65 tokens: must be at most 64"):
@@ -349,6 +351,21 @@ def test_pools_refuse_to_be_empty(model):
     with pytest.raises(ValueError, match="num_pages = -1"):
         pool.resize(-1)
     assert pool.num_pages == 10 and pool.epoch.value == 0
+
+
+def test_exact_sizes_are_bounded(model):
+    """Above the largest bucket, executables of the latest sizes stay and others are freed."""
+    config, attention, pool = model.config, PagedAttention(model.config), pool_of(model)
+    used = []
+    for size in range(17, 23):
+        runtime = attention.step(pool, make_step(config, TABLES[:1], [size], [size]).layout)
+        q = jnp.asarray(np.ones((size, config.num_attention_heads, config.head_dim), np.float32))
+        k = jnp.asarray(np.ones((size, config.num_key_value_heads, config.head_dim), np.float32))
+        out = jnp.asarray(np.ones((size, q.shape[1] * q.shape[2]), np.float32))
+        attention.attend(runtime, 0, q, k, k, None, None, out, exact=True).block_until_ready()
+        used.append(attention._exact.get(size)[0])
+    assert [dense._cache_size() for dense in used] == [0, 0, 1, 1, 1, 1] and len(attention._exact) == 4
+    assert attention._dense._cache_size() == 0
 
 
 def test_buckets_end_at_the_largest_step():

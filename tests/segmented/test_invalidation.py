@@ -250,3 +250,20 @@ def test_recapture_without_an_epoch():
     assert split.stats().captured == 0 and split.stats().invalidations == 1
     assert_same([split(w, rows_of(ROWS)) for _ in range(3)][-1], first)
     assert jnp.isfinite(first).all()
+
+
+def test_new_weights_let_the_old_ones_go_in_every_bucket():
+    split = segmented(lambda w, x: into(x @ w), buckets=(2, ROWS))
+    w = weights(1)[0] + 0
+    for rows in (2, ROWS):
+        for _ in range(3):
+            split(w, rows_of(rows))
+    assert split.stats().captured == 2
+    alive = weakref.ref(w)
+    w = weights(1, seed=1)[0]
+    split(w, rows_of(2))
+    gc.collect()
+    assert alive() is None
+    for _ in range(2):
+        np.testing.assert_allclose(split(w, rows_of(ROWS)), 2 * (rows_of(ROWS) @ w), rtol=1e-5)
+    assert split.stats().captured == 2

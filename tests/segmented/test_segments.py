@@ -250,3 +250,23 @@ def test_nothing_compiled_has_boundaries_left():
     split(weights(2), rows_of(ROWS))
     for entry in split.program().entries:
         assert "callback" not in entry.executable.compiled.as_text()
+
+
+def test_results_may_be_donated_whatever_they_are():
+    """An argument, a constant and one value twice: none is the array that somebody else holds."""
+    const = jax.numpy.arange(3.0)
+
+    def fn(w, x):
+        y = into(x)
+        return w, const, x, y, y, 2.0 * const
+
+    split = segmented(fn)
+    w, x = jax.numpy.ones((2, 2)), jax.numpy.asarray(rows_of(ROWS))
+    for _ in range(3):
+        results = split(w, x)
+        assert len({result.unsafe_buffer_pointer() for result in results}) == len(results)
+        expected = [np.asarray(result) for result in (w, const, x, 2 * x, 2 * x, 2 * const)]
+        for result, value in zip(results, expected, strict=True):
+            np.testing.assert_allclose(result, value, rtol=1e-6)
+            result.delete()
+        assert not w.is_deleted() and not x.is_deleted() and not const.is_deleted()
