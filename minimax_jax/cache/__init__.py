@@ -1,6 +1,6 @@
 """Page pools for keys, values and index keys."""
 
-from minimax_jax.cache.pages import PagedCaches, allocate_pages
+from minimax_jax.cache.pages import CachePlacement, PagedCaches, allocate_pages
 from minimax_jax.cache.pool import PagePool
 
-__all__ = ["PagePool", "PagedCaches", "allocate_pages"]
+__all__ = ["CachePlacement", "PagePool", "PagedCaches", "allocate_pages"]

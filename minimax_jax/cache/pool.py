@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from minimax_jax.cache.pages import PagedCaches, allocate_pages
+from minimax_jax.cache.pages import PagedCaches, Place, allocate_pages
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.segmented import Epoch, StaleCaptureError
 
@@ -27,9 +27,9 @@ class PagePool:
         config: MiniMaxM3Config,
         num_pages: int,
         dtype: DTypeLike,
-        device: jax.Device | jax.sharding.Sharding | None = None,
+        device: Place = None,
     ):
-        """Allocates `num_pages` pages of zeros.
+        """Allocates `num_pages` pages of zeros; over a mesh with data ranks, so many on each.
 
         Raises:
           ValueError: for fewer than one page.
@@ -110,7 +110,7 @@ class PagePool:
                 for pools in (self._k, self._v, self._index):
                     for layer_id, old in enumerate(pools):
                         if old is not None:
-                            pools[layer_id] = _resized(old, num_pages)
+                            pools[layer_id] = _resized(old, self.num_pages, num_pages)
                             old.delete()
             self.num_pages = num_pages
 
@@ -133,10 +133,15 @@ class PagePool:
             raise StaleCaptureError("the page pool was released: resize does not bring it back, make a new one")
 
 
-def _resized(old: Array, num_pages: int) -> Array:
-    kept = min(num_pages, old.shape[0])
-    grown = jnp.zeros((num_pages, *old.shape[1:]), old.dtype, device=old.sharding)
-    return grown.at[:kept].set(old[:kept])
+def _resized(old: Array, before: int, after: int) -> Array:
+    """A pool with other pages; pools of several data ranks lie one after the other."""
+
+    def resize(old: Array) -> Array:
+        groups = old.reshape(old.shape[0] // before, before, *old.shape[1:])[:, :after]
+        grown = jnp.pad(groups, [(0, 0), (0, max(0, after - before))] + [(0, 0)] * (old.ndim - 1))
+        return grown.reshape(-1, *old.shape[1:])
+
+    return jax.jit(resize, out_shardings=old.sharding)(old)
 
 
 def _checked(num_pages: int) -> int:
