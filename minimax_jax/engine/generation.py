@@ -123,7 +123,7 @@ def generate_tokens(
     try:
         first = np.zeros(rows, np.int32)
         for chunks in group_chunks([len(p) for p in prompts], in_group, groups, max_prefill_tokens):
-            picked = np.asarray(run.prefill(chunks, prompts))
+            picked = run.fetch(run.prefill(chunks, prompts))
             for request, _, end in (part for chunk in chunks for part in chunk.parts):
                 if end == len(prompts[request]):
                     first[request] = picked[request]
@@ -135,7 +135,7 @@ def generate_tokens(
         for tokens in decode(first, kv_lens, num_rows, max_new_tokens - 1):
             if pending is not None:
                 yield pending  # while the device works on the next token
-            pending = np.asarray(tokens)[:num_rows]
+            pending = run.fetch(tokens)[:num_rows]
         if pending is not None:
             yield pending
     finally:
@@ -230,6 +230,10 @@ class _Run:
         if (ranks := self._steps.ranks) is None:
             return [jnp.asarray(array) for array in arrays]
         return ranks.place(list(arrays), [ranks.rows] * len(arrays))
+
+    def fetch(self, rows: jax.Array) -> np.ndarray:
+        """What a step gave, on the host."""
+        return np.asarray(rows) if self._steps.ranks is None else self._steps.ranks.fetch(rows)
 
     def decode(self, first: np.ndarray, kv_lens: np.ndarray, num_rows: int, count: int) -> Iterator[jax.Array]:
         """Decode steps as one executable; tokens stay on the device from step to step."""

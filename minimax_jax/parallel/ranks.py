@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -110,11 +111,28 @@ class Ranks:
         return self.layout.whole(np.asarray(array), self.layout.splits(name))
 
     def place(self, values: Any, specs: Any) -> Any:
-        """Arrays of a step, on the devices; `specs` as for `per_rank`."""
-        shardings = jax.tree.map(
-            lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
-        )
-        return jax.device_put(values, shardings)
+        """What a step takes, from arrays that every process has, on the devices; one spec a leaf."""
+        return jax.tree.map(self._placed, values, specs)
+
+    def _placed(self, value: np.ndarray | jax.Array, spec: PartitionSpec) -> jax.Array:
+        sharding = NamedSharding(self.mesh, spec)
+        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+            keys: Any = value
+            data = self._placed(np.asarray(jax.random.key_data(keys)), spec)
+            wrap = functools.partial(jax.random.wrap_key_data, impl=jax.random.key_impl(keys))
+            return jax.jit(wrap, out_shardings=sharding)(data)
+        host = np.asarray(value)  # by callback, as device_put would ask every other process whether it has the same
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    def fetch(self, rows: jax.Array) -> np.ndarray:
+        """Rows of all data ranks, on the host of every process."""
+        if not rows.is_fully_addressable:
+            rows = self._replicate(rows)
+        return np.asarray(rows)
+
+    @functools.cached_property
+    def _replicate(self) -> Callable[[jax.Array], jax.Array]:
+        return jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
     def per_rank(self, fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """`fn` as the body of one rank; `comm` works in it.
