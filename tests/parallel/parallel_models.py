@@ -4,6 +4,7 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 
 from minimax_jax import MiniMaxM3Config, MiniMaxM3ForCausalLM
 from minimax_jax.parallel import ParallelConfig, Ranks
@@ -15,6 +16,7 @@ EXPERT = [(1, 2, 1), (1, 4, 1), (1, 8, 1)]
 MIXED = [(8, 8, 1), (4, 8, 1), (8, 2, 1), (2, 4, 1)]
 DATA = [(1, 8, 8), (2, 8, 4), (4, 8, 2), (2, 2, 2)]
 LAYOUTS = TENSOR + EXPERT + MIXED + DATA
+OFTEN = [(8, 1, 1), (8, 8, 1), (4, 8, 1), (1, 8, 8), (2, 8, 4)]  # one of each kind; the others are marked slow
 
 
 def four_head_config(**changes) -> MiniMaxM3Config:
@@ -72,6 +74,12 @@ def spread(model: MiniMaxM3ForCausalLM, sizes: tuple[int, int, int]) -> MiniMaxM
 def prompts(*lengths: int, seed: int = 0, vocab: int = VOCAB) -> list[list[int]]:
     random = np.random.default_rng(seed)
     return [random.integers(0, vocab, length).tolist() for length in lengths]
+
+
+def cases(layouts: list[tuple[int, int, int]], often: list[tuple[int, int, int]]) -> list:
+    """Parameters of a test; all that are not in `often` are marked slow, since each compiles for seconds."""
+    marks = {True: (), False: (pytest.mark.slow,)}
+    return [pytest.param(sizes, id=name_of(sizes), marks=marks[sizes in often]) for sizes in layouts]
 
 
 def name_of(sizes: tuple[int, int, int]) -> str:

@@ -53,10 +53,10 @@ def collectives(text):
 @pytest.mark.parametrize(
     ("sizes", "a_layer", "a_step"),
     [
-        ((8, 1, 1), {"all-reduce": 2}, {"all-reduce": 1, "all-gather": 1}),
+        pytest.param((8, 1, 1), {"all-reduce": 2}, {"all-reduce": 1, "all-gather": 1}, marks=pytest.mark.slow),
         ((8, 8, 1), {"all-reduce": 2}, {"all-reduce": 1, "all-gather": 1}),
-        ((4, 8, 1), {"all-reduce": 2}, {"all-reduce": 1, "all-gather": 1}),
-        ((1, 8, 1), {"all-reduce": 1}, {"all-reduce": 1, "all-gather": 1}),
+        pytest.param((4, 8, 1), {"all-reduce": 2}, {"all-reduce": 1, "all-gather": 1}, marks=pytest.mark.slow),
+        pytest.param((1, 8, 1), {"all-reduce": 1}, {"all-reduce": 1, "all-gather": 1}, marks=pytest.mark.slow),
         ((1, 8, 8), {"all-gather": 2, "reduce-scatter": 1}, {}),
         (
             (2, 8, 4),
