@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from minimax_jax.attention import ReferenceAttend
-from minimax_jax.buckets import bucket
 from minimax_jax.checkpoint import load_state, save_state
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.engine.execution import check_execution
+from minimax_jax.engine.full_forward import FullForward
 from minimax_jax.engine.generation import generate_tokens
 from minimax_jax.engine.generation_config import GenerationConfig
 from minimax_jax.engine.prompts import Prompts, is_torch_tensor, read_prompts
 from minimax_jax.engine.steps import Steps
-from minimax_jax.model import MiniMaxM3, abstract_model, merge_model, split_model
+from minimax_jax.model import MiniMaxM3, abstract_model, split_model
+from minimax_jax.parallel import ParallelConfig, Ranks
 from minimax_jax.paths import model_directory
 from minimax_jax.tokenizer import Tokenizer
 
@@ -59,6 +59,7 @@ class MiniMaxM3ForCausalLM:
       config: the architecture.
       generation_config: defaults of `generate`.
       dtype: of matrices and caches.
+      ranks: what the model is spread over, None for one device.
     """
 
     def __init__(
@@ -68,12 +69,14 @@ class MiniMaxM3ForCausalLM:
         *,
         generation_config: GenerationConfig | None = None,
         directory: Path | None = None,
+        ranks: Ranks | None = None,
     ):
         """Takes a model apart that is already in memory; see `from_pretrained` and `from_config`.
 
         Args:
           state: weights by dotted name, as `minimax_jax.checkpoint.load_state` gives them.
           directory: where tokenizer files lie, if anywhere.
+          ranks: what the model is spread over; the weights are then global arrays (`Ranks.put`, `load_state`).
 
         Raises:
           ValueError: if a weight is missing, unknown or of the wrong shape.
@@ -82,7 +85,11 @@ class MiniMaxM3ForCausalLM:
         self.dtype = state["embed_tokens"].dtype
         graphdef, expected = split_model(abstract_model(config, self.dtype))
         wrong = sorted(set(expected) ^ set(state))
-        wrong += [name for name in expected if name in state and state[name].shape != expected[name].shape]
+        shapes = {name: struct.shape for name, struct in expected.items()}
+        if ranks is not None:
+            graphdef, _ = split_model(abstract_model(ranks.layout.local_config, self.dtype))
+            shapes = {name: ranks.global_shape(name, shape) for name, shape in shapes.items()}
+        wrong += [name for name in expected if name in state and state[name].shape != shapes[name]]
         if wrong:
             raise ValueError(f"state does not fit the config at {', '.join(wrong[:5])} ({len(wrong)} in all)")
         self.generation_config = generation_config or GenerationConfig(eos_token_id=config.eos_token_ids)
@@ -90,11 +97,20 @@ class MiniMaxM3ForCausalLM:
         self._leaves = [state[name] for name in self._names]
         self._graphdef = graphdef
         self._directory = directory
-        self._steps = Steps(config, graphdef, self._names)
+        self.ranks = ranks
+        local = config if ranks is None else ranks.layout.local_config
+        self._steps = Steps(local, graphdef, self._names, ranks)
+        self._forward = FullForward(local, graphdef, self._names, ranks)
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, dtype: Any = "auto", *, device: Any = None, progress: bool = True
+        cls,
+        directory: str | Path,
+        dtype: Any = "auto",
+        *,
+        device: Any = None,
+        parallel: ParallelConfig | None = None,
+        progress: bool = True,
     ) -> MiniMaxM3ForCausalLM:
         """Loads a checkpoint directory in the Hugging Face format; "tiny" is the embedded one.
 
@@ -104,25 +120,41 @@ class MiniMaxM3ForCausalLM:
           dtype: "bfloat16" or "float32" (by name, or NumPy's, JAX's or torch's type), or "auto": bfloat16 on an
             accelerator, float32 on a CPU.
           device: a jax device or sharding; the default device if None.
+          parallel: sizes to spread the model over JAX's devices with; each process reads only what its devices need.
           progress: whether loads of more than two seconds show a bar on stderr.
 
         Raises:
           FileNotFoundError: no such directory or config.json.
           ConfigError, CheckpointError: what the files hold cannot be loaded; nothing was.
-          ValueError: for another dtype.
+          ValueError: for another dtype, or both a device and a parallel layout.
+          ParallelError: if the model cannot be spread so.
         """
+        if device is not None and parallel is not None:
+            raise ValueError("device and parallel: give one of them")
         path = model_directory(directory)
         config = MiniMaxM3Config.from_pretrained(path)
         generation_config = GenerationConfig.from_pretrained(path, config.eos_token_ids)
         generation_config.check_vocabulary(config.vocab_size)
-        state = load_state(path, config, _resolve_dtype(dtype, device), device=device, progress=progress)
-        return cls(config, state, generation_config=generation_config, directory=path)
+        ranks = None if parallel is None else Ranks(config, parallel)
+        wanted = _resolve_dtype(dtype, device)
+        state = load_state(path, config, wanted, device=device, progress=progress, ranks=ranks)
+        return cls(config, state, generation_config=generation_config, directory=path, ranks=ranks)
 
     @classmethod
-    def from_config(cls, config: MiniMaxM3Config, dtype: str = "float32", seed: int = 0) -> MiniMaxM3ForCausalLM:
-        """A model with random weights."""
+    def from_config(
+        cls,
+        config: MiniMaxM3Config,
+        dtype: str = "float32",
+        seed: int = 0,
+        *,
+        parallel: ParallelConfig | None = None,
+    ) -> MiniMaxM3ForCausalLM:
+        """A model with random weights, the same for every `parallel` layout (made on one device, then spread)."""
+        ranks = None if parallel is None else Ranks(config, parallel)
         _, state = split_model(MiniMaxM3(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(seed)))
-        return cls(config, state)
+        if ranks is not None:
+            state = {name: ranks.put(name, array) for name, array in state.items()}
+        return cls(config, state, ranks=ranks)
 
     def save_pretrained(self, directory: str | Path, *, style: str = "transformers") -> None:
         """Writes config, weights, generation config and tokenizer files.
@@ -142,13 +174,16 @@ class MiniMaxM3ForCausalLM:
                 if source.is_file() and source.resolve() != (target / name).resolve():
                     shutil.copyfile(source, target / name)
 
-    def state(self) -> dict[str, jax.Array]:
-        """Weights by dotted name, matrices [in, out]."""
+    def state(self) -> dict[str, Any]:
+        """Weights by dotted name, matrices [in, out]; of a parallel model copies on the host, as NumPy arrays."""
+        if (ranks := self.ranks) is not None:
+            return {name: ranks.whole(name, leaf) for name, leaf in zip(self._names, self._leaves, strict=True)}
         return dict(zip(self._names, self._leaves, strict=True))
 
     def num_parameters(self) -> int:
-        """Parameters in memory (the text model)."""
-        return sum(leaf.size for leaf in self._leaves)
+        """Parameters of the text model, each counted once."""
+        _, shapes = split_model(abstract_model(self.config, self.dtype))
+        return sum(shape.size for shape in shapes.values())
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -175,33 +210,13 @@ class MiniMaxM3ForCausalLM:
           ValueError: for an empty or too long prompt, ids outside the vocabulary, a mask that does not fit.
         """
         prompts = self._read(input_ids, attention_mask)
-        lengths = np.array([len(tokens) for tokens in prompts.tokens], np.int32)
-        total, num_rows = int(lengths.sum()), bucket(len(lengths))
-        num_tokens = bucket(total, 16)
-        tokens, positions = np.zeros(num_tokens, np.int32), np.zeros(num_tokens, np.int32)
-        tokens[:total] = np.concatenate(prompts.tokens)
-        positions[:total] = np.concatenate([np.arange(length) for length in lengths])
-        starts = np.full(num_rows + 1, total, np.int32)
-        starts[: len(lengths)] = np.cumsum(lengths) - lengths
-        flat = self._forward(self._leaves, tokens, positions, starts, max_len=bucket(int(lengths.max())))
+        flat = self._forward(self._leaves, prompts.tokens)
         if prompts.kept.all():
-            logits = flat[:total].reshape(*prompts.kept.shape, -1)
+            logits = flat.reshape(*prompts.kept.shape, -1)
         else:
             logits = jnp.zeros((*prompts.kept.shape, self.config.vocab_size), flat.dtype)
-            logits = logits.at[np.nonzero(prompts.kept)].set(flat[:total])
+            logits = logits.at[np.nonzero(prompts.kept)].set(flat)
         return CausalLMOutput(_like(input_ids, logits))
-
-    @functools.cached_property
-    def _forward(self):
-        names, graphdef, config = self._names, self._graphdef, self.config
-
-        @functools.partial(jax.jit, static_argnames="max_len")
-        def forward(leaves, tokens, positions, starts, *, max_len):
-            model = merge_model(graphdef, dict(zip(names, leaves, strict=True)))
-            attend = ReferenceAttend(config, starts, tokens.shape[0], max_len)
-            return model(tokens, positions, attend)
-
-        return forward
 
     def generate(
         self,

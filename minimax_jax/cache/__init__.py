@@ -1,6 +1,6 @@
 """Page pools for keys, values and index keys."""
 
-from minimax_jax.cache.pages import PagedCaches, allocate_pages
+from minimax_jax.cache.pages import CachePlacement, PagedCaches, allocate_pages
 from minimax_jax.cache.pool import LentCaches, LentLayer, PagePool
 
-__all__ = ["LentCaches", "LentLayer", "PagePool", "PagedCaches", "allocate_pages"]
+__all__ = ["CachePlacement", "LentCaches", "LentLayer", "PagePool", "PagedCaches", "allocate_pages"]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from minimax_jax.cache.pages import PagedCaches, allocate_pages
+from minimax_jax.cache.pages import CachePlacement, PagedCaches, Place, allocate_pages
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.segmented import Epoch, StaleCaptureError
 
@@ -47,9 +47,9 @@ class PagePool:
         config: MiniMaxM3Config,
         num_pages: int,
         dtype: DTypeLike,
-        device: jax.Device | jax.sharding.Sharding | None = None,
+        device: Place = None,
     ):
-        """Allocates `num_pages` pages of zeros.
+        """Allocates `num_pages` pages of zeros; over a mesh with data ranks, so many on each.
 
         Raises:
           ValueError: for fewer than one page.
@@ -157,15 +157,21 @@ class PagePool:
 
     def _resize_layer(self, layer_id: int) -> None:
         old = self._k[layer_id], self._v[layer_id], self._index[layer_id]
-        if old[0].shape[0] == self.num_pages:
+        before, after = old[0].shape[0] // self._groups, self.num_pages
+        if before == after:
             return
         # all of a layer's before any is replaced: a failure leaves no layer in halves
-        k, v = _resized(old[0], self.num_pages), _resized(old[1], self.num_pages)
-        index = None if old[2] is None else _resized(old[2], self.num_pages)
+        k, v = _resized(old[0], before, after), _resized(old[1], before, after)
+        index = None if old[2] is None else _resized(old[2], before, after)
         self._k[layer_id], self._v[layer_id], self._index[layer_id] = k, v, index
         for pool in old:
             if pool is not None:
                 pool.delete()
+
+    @property
+    def _groups(self) -> int:
+        """Data ranks, whose pools lie one after the other in one array."""
+        return self._device.groups if isinstance(self._device, CachePlacement) else 1
 
     def _undo_resize(self, before: int) -> None:
         grew, self.num_pages = before < self.num_pages, before
@@ -204,18 +210,20 @@ class PagePool:
             raise RuntimeError("the page pool is lent to a step of this very thread: end the step first")
 
 
-def _resized(old: Array, num_pages: int) -> Array:
-    return _fitting(num_pages, old.sharding if old.committed else None)(old)
+def _resized(old: Array, before: int, after: int) -> Array:
+    """A pool with other pages; pools of several data ranks lie one after the other."""
+    return _fitting(before, after, old.sharding if old.committed else None)(old)
 
 
 @functools.lru_cache(maxsize=16)
-def _fitting(num_pages: int, sharding: jax.sharding.Sharding | None) -> Callable[[Array], Array]:
+def _fitting(before: int, after: int, sharding: jax.sharding.Sharding | None) -> Callable[[Array], Array]:
     """Cuts off pages or appends zeros, without a copy in between."""
 
     def fit(old: Array) -> Array:
-        if num_pages <= old.shape[0]:
-            return old[:num_pages]
-        return jnp.pad(old, [(0, num_pages - old.shape[0])] + [(0, 0)] * (old.ndim - 1))
+        groups = old.reshape(old.shape[0] // before, before, *old.shape[1:])[:, :after]
+        if after > before:
+            groups = jnp.pad(groups, [(0, 0), (0, after - before)] + [(0, 0)] * (old.ndim - 1))
+        return groups.reshape(-1, *old.shape[1:])
 
     return jax.jit(fit, out_shardings=sharding)
 

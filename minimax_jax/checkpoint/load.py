@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -23,6 +24,8 @@ from minimax_jax.paths import model_directory
 
 if TYPE_CHECKING:
     import jax
+
+    from minimax_jax.parallel import Ranks
 
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 _MAX_THREADS = 8
@@ -60,7 +63,11 @@ class LoadPlan:
     @property
     def num_bytes(self) -> int:
         """Bytes of the whole state."""
-        return sum(int(np.prod(t.shape)) * self.dtype_of(name).itemsize for name, t in self.tensors.items())
+        return sum(map(self.num_bytes_of, self.tensors))
+
+    def num_bytes_of(self, name: str) -> int:
+        """Bytes of one state tensor."""
+        return int(np.prod(self.tensors[name].shape)) * self.dtype_of(name).itemsize
 
     def read(self, name: str, ranges: tuple[Range, ...] | None = None, executor: Executor | None = None) -> np.ndarray:
         """One state tensor on the host, or the half-open `ranges` of it, one per axis; see `read_state_tensor`."""
@@ -105,6 +112,7 @@ def load_state(
     dtype: Any = "bfloat16",
     *,
     device: jax.Device | jax.sharding.Sharding | None = None,
+    ranks: Ranks | None = None,
     progress: bool = True,
 ) -> dict[str, jax.Array]:
     """The text model's state, on a device, under the model's own names.
@@ -115,6 +123,8 @@ def load_state(
     Args:
       directory, config, dtype: as for `plan_load`.
       device: where to, None for JAX's default device.
+      ranks: instead of a device, what to spread the model over: each process then reads only what its devices need,
+        one rank's part of a tensor at a time.
       progress: a bar on stderr when loading takes more than two seconds.
 
     Raises:
@@ -132,9 +142,13 @@ def load_state(
         )  # fmt: skip
         try:
             for name in plan.tensors:
-                state[name] = jax.device_put(plan.read(name, executor=threads), device)
+                if ranks is None:
+                    state[name] = jax.device_put(plan.read(name, executor=threads), device)
+                else:
+                    read = functools.partial(plan.read, name, executor=threads)
+                    state[name] = ranks.assemble(name, plan.tensors[name].shape, read)
                 state[name].block_until_ready()  # so that the host's copy is gone before the next one comes
-                bar.update(state[name].nbytes)
+                bar.update(plan.num_bytes_of(name))
         except BaseException:
             # A traceback keeps this frame, and with it the arrays, alive for as long as anyone holds it.
             for array in state.values():

@@ -24,3 +24,14 @@ def prefill_execution(execution: str, num_tokens: int, num_layers: int, platform
         return execution
     large = num_layers >= LEAST_SHARED_LAYERS if platform == "cpu" else num_tokens >= LEAST_SEGMENTED_TOKENS
     return "segmented" if large else "whole"
+
+
+def mesh_execution(execution: str) -> str:
+    """How to run the steps of a model that is spread over ranks: whole, for now.
+
+    Raises:
+      ValueError: if segments are asked for.
+    """
+    if check_execution(execution) in ("segmented", "eager"):
+        raise ValueError(f"execution = {execution!r}: must be 'whole' or 'auto' with a parallel layout")
+    return "whole"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import jax
@@ -15,9 +16,9 @@ from minimax_jax.attention import check_pages, step_layout
 from minimax_jax.buckets import bucket
 from minimax_jax.cache import LentCaches, PagePool
 from minimax_jax.config import MiniMaxM3Config
-from minimax_jax.engine.execution import check_execution, prefill_execution
+from minimax_jax.engine.execution import check_execution, mesh_execution, prefill_execution
 from minimax_jax.engine.generation_config import GenerationConfig
-from minimax_jax.engine.sampler import SamplingState, sampling_state
+from minimax_jax.engine.sampler import SamplingState, sampling_specs, sampling_state
 from minimax_jax.engine.segmented_prefill import LEAST_BUCKET, FlatStep
 from minimax_jax.engine.steps import MAX_PREFILL_TOKENS, DecodeState, Steps
 from minimax_kernels import Batch
@@ -52,11 +53,25 @@ def prefill_chunks(lengths: list[int], most: int) -> list[_Chunk]:
     return chunks + ([_Chunk(tuple(parts))] if parts else [])
 
 
-def block_tables(pages_of: list[int], rows: int) -> np.ndarray:
-    """[rows, N] tables in which each request owns pages of its own; entries without a page name page 0."""
+def group_chunks(lengths: list[int], in_group: int, groups: int, most: int) -> list[tuple[_Chunk, ...]]:
+    """The same for data ranks of `in_group` requests each: one chunk a rank and step, empty where one is done."""
+    each = []
+    for first in range(0, in_group * groups, in_group):
+        chunks = prefill_chunks(lengths[first : first + in_group], most)
+        each.append([_Chunk(tuple((first + r, start, end) for r, start, end in chunk.parts)) for chunk in chunks])
+    return list(itertools.zip_longest(*each, fillvalue=_Chunk(())))
+
+
+def block_tables(pages_of: list[int], rows: int, groups: int = 1) -> np.ndarray:
+    """[rows, N] tables in which each request owns pages of its own; entries without a page name page 0.
+
+    Each of `groups` groups of rows counts its pages from 0.
+    """
     tables = np.zeros((rows, bucket(max(pages_of))), np.int32)
     first = 0
     for request, pages in enumerate(pages_of):
+        if request % (rows // groups) == 0:
+            first = 0
         tables[request, :pages] = np.arange(first, first + pages)
         first += pages
     return tables
@@ -125,21 +140,28 @@ def _generated(
 ) -> Iterator[np.ndarray]:
     """The generator behind `generate_tokens`, whose arguments were checked."""
     num_rows = len(prompts)
-    rows = bucket(num_rows)
+    groups = 1 if steps.ranks is None else steps.ranks.groups
+    in_group = bucket(-(-num_rows // groups))  # requests go to data ranks in order, so that live rows are first in each
+    rows = in_group * groups
     block_size = config.index_block_size
     # the last token is never written, so the longest context is one shorter than all tokens
     pages_of = [-(-(len(p) + max_new_tokens - 1) // block_size) for p in prompts]
-    tables = block_tables(pages_of, rows)
-    held = PagePool(config, bucket(sum(pages_of)), cache_dtype, leaves[0].sharding) if pool is None else pool
-    if held.num_pages < sum(pages_of):
-        raise ValueError(f"pool has {held.num_pages} pages: must have at least {sum(pages_of)} for these sequences")
+    tables = block_tables(pages_of, rows, groups)
+    needed = max(sum(pages_of[first : first + in_group]) for first in range(0, num_rows, in_group))
+    place = leaves[0].sharding if steps.ranks is None else steps.ranks.cache_placement
+    held = PagePool(config, bucket(needed), cache_dtype, place) if pool is None else pool
+    if held.num_pages < needed:
+        raise ValueError(f"pool has {held.num_pages} pages: must have at least {needed} for these sequences")
     sampling = sampling_state(seed, rows, options.temperature, options.top_p, options.top_k, config.vocab_size)
+    if steps.ranks is not None:
+        execution = mesh_execution(execution)
+        sampling = steps.ranks.place(sampling, sampling_specs(steps.ranks.rows))
     run = _Run(steps, leaves, held, tables, block_size, sampling, options, execution)
     try:
         first = np.zeros(rows, np.int32)
-        for chunk in prefill_chunks([len(p) for p in prompts], max_prefill_tokens):
-            picked = np.asarray(run.prefill(chunk, prompts))
-            for request, _, end in chunk.parts:
+        for chunks in group_chunks([len(p) for p in prompts], in_group, groups, max_prefill_tokens):
+            picked = run.fetch(run.prefill(chunks, prompts))
+            for request, _, end in (part for chunk in chunks for part in chunk.parts):
                 if end == len(prompts[request]):
                     first[request] = picked[request]
         kv_lens = np.zeros(rows, np.int32)
@@ -150,7 +172,7 @@ def _generated(
         for tokens in decode(first, kv_lens, num_rows, max_new_tokens - 1):
             if pending is not None:
                 yield pending  # while the device works on the next token
-            pending = np.asarray(tokens)[:num_rows]
+            pending = run.fetch(tokens)[:num_rows]
         if pending is not None:
             yield pending
     finally:
@@ -180,17 +202,25 @@ class _Run:
         self._num_layers = len(pool.caches.k)
         self._platform = next(iter(leaves[0].devices())).platform
 
-    def prefill(self, chunk: _Chunk, prompts: list[np.ndarray]) -> jax.Array:
-        """One prefill step; returns the token after each request's part of it."""
-        query_lens, kv_lens = np.zeros(len(self._tables), np.int32), np.zeros(len(self._tables), np.int32)
+    def prefill(self, chunks: tuple[_Chunk, ...], prompts: list[np.ndarray]) -> jax.Array:
+        """One prefill step, of a chunk a data rank; returns the token after each request's part of it."""
+        steps = [self._flat_step(chunk, group, len(chunks), prompts) for group, chunk in enumerate(chunks)]
+        most = max(chunk.num_tokens for chunk in chunks)
+        how = prefill_execution(self._execution, most, self._num_layers, self._platform)
+        return self._whole_prefill(steps) if how == "whole" else self._segmented(steps[0], eager=how == "eager")
+
+    def _flat_step(self, chunk: _Chunk, group: int, groups: int, prompts: list[np.ndarray]) -> FlatStep:
+        """The tokens of one data rank; a rank without any takes part with none."""
+        in_group = len(self._tables) // groups
+        first = group * in_group
+        query_lens, kv_lens = np.zeros(in_group, np.int32), np.zeros(in_group, np.int32)
         for request, start, end in chunk.parts:
-            query_lens[request], kv_lens[request] = end - start, end
-        tokens = np.concatenate([prompts[request][start:end] for request, start, end in chunk.parts])
-        positions = np.concatenate([np.arange(start, end) for _, start, end in chunk.parts])
-        layout = step_layout(self._tables, query_lens, kv_lens, self._block_size)
-        step = FlatStep(tokens.astype(np.int32), positions.astype(np.int32), layout)
-        how = prefill_execution(self._execution, chunk.num_tokens, self._num_layers, self._platform)
-        return self._whole_prefill(step) if how == "whole" else self._segmented(step, eager=how == "eager")
+            query_lens[request - first], kv_lens[request - first] = end - start, end
+        none = [np.zeros(0, np.int32)]
+        tokens = np.concatenate(none + [prompts[request][start:end] for request, start, end in chunk.parts])
+        positions = np.concatenate(none + [np.arange(start, end) for _, start, end in chunk.parts])
+        layout = step_layout(self._tables[first : first + in_group], query_lens, kv_lens, self._block_size)
+        return FlatStep(tokens.astype(np.int32), positions.astype(np.int32), layout)
 
     def _segmented(self, step: FlatStep, *, eager: bool) -> jax.Array:
         return self._steps.segmented(
@@ -203,18 +233,28 @@ class _Run:
             eager=eager,
         )
 
-    def _whole_prefill(self, step: FlatStep) -> jax.Array:
-        """Pads the step to a bucket and runs it as one executable."""
-        layout, live = step.layout, len(step.tokens)
-        padded = {name: np.zeros(bucket(live, LEAST_BUCKET), np.int32) for name in ("tokens", "positions", "slots")}
-        padded["tokens"][:live], padded["positions"][:live] = step.tokens, step.positions
-        padded["slots"][:live], padded["slots"][live:] = layout.slots, -1
-        batch = Batch(*map(jnp.asarray, (layout.block_tables, layout.query_starts, layout.kv_lens)))
+    def _whole_prefill(self, steps: list[FlatStep]) -> jax.Array:
+        """Pads every data rank's step to one bucket and runs them as one executable."""
+        size = bucket(max(len(step.tokens) for step in steps), LEAST_BUCKET)
+        tokens, positions = np.zeros((2, len(steps), size), np.int32)
+        slots = np.full((len(steps), size), -1, np.int32)
+        for group, step in enumerate(steps):
+            live = len(step.tokens)
+            tokens[group, :live], positions[group, :live] = step.tokens, step.positions
+            slots[group, :live] = step.layout.slots
+        layouts = [step.layout for step in steps]
+        batch = Batch(
+            *self._rows(
+                np.concatenate([layout.block_tables for layout in layouts]),
+                np.concatenate([layout.query_starts for layout in layouts]),
+                np.concatenate([layout.kv_lens for layout in layouts]),
+            )
+        )
         with self._borrowed() as lent:
             picked, lent.caches = self._steps.prefill(
                 self._leaves,
                 lent.caches,
-                *padded.values(),
+                *self._rows(tokens.reshape(-1), positions.reshape(-1), slots.reshape(-1)),
                 batch,
                 self._sampling,
                 greedy=self._greedy,
@@ -231,9 +271,19 @@ class _Run:
                 self._checked_life = self._pool.epoch.value
             yield lent
 
+    def _rows(self, *arrays: np.ndarray) -> list[jax.Array]:
+        """Arrays with the data ranks' rows one after the other, on the devices."""
+        if (ranks := self._steps.ranks) is None:
+            return [jnp.asarray(array) for array in arrays]
+        return ranks.place(list(arrays), [ranks.rows] * len(arrays))
+
+    def fetch(self, rows: jax.Array) -> np.ndarray:
+        """What a step gave, on the host."""
+        return np.asarray(rows) if self._steps.ranks is None else self._steps.ranks.fetch(rows)
+
     def decode(self, first: np.ndarray, kv_lens: np.ndarray, num_rows: int, count: int) -> Iterator[jax.Array]:
         """Decode steps as one executable; tokens stay on the device from step to step."""
-        tokens, lengths, tables = jnp.asarray(first), jnp.asarray(kv_lens), jnp.asarray(self._tables)
+        tokens, lengths, tables = self._rows(first, kv_lens, self._tables)
         for _ in range(count):
             with self._borrowed() as lent:
                 state = self._steps.decode(

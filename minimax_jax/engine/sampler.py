@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key
+
+from minimax_jax.model import SINGLE_DEVICE, Comm
 
 
 @jax.tree_util.register_dataclass
@@ -35,19 +39,34 @@ def sampling_state(
     )
 
 
+def sampling_specs(rows: PartitionSpec) -> SamplingState:
+    """How the state of a step is sharded whose rows are sharded as `rows`."""
+    shared: Any = PartitionSpec()
+    by_row: Any = rows
+    return SamplingState(shared, shared, shared, by_row)
+
+
 def pick_tokens(
-    logits: Float[Array, "R V"], positions: Int[Array, "R"], state: SamplingState, *, greedy: bool, truncated: bool
+    logits: Float[Array, "R V"],
+    positions: Int[Array, "R"],
+    state: SamplingState,
+    *,
+    greedy: bool,
+    truncated: bool,
+    comm: Comm = SINGLE_DEVICE,
 ) -> Int[Array, "R"]:
     """The next token of each row.
 
     Args:
-      logits: of the last position, float32.
+      logits: of the last position, float32, of this rank's part of the vocabulary.
       positions: where the new token will stand; the random draw depends on (seed, row, position) alone.
       greedy: static; take the most likely token.
       truncated: static; whether top-k or top-p cut anything (sorting is skipped otherwise).
+      comm: joins the ranks' parts: only the best of each if greedy, else the logits, on the device.
     """
     if greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return comm.argmax_vocab(logits)
+    logits = comm.gather_vocab(logits)
     scaled = (logits - logits.max(axis=-1, keepdims=True)) / state.temperature  # finite at the top, however cold
     if truncated:
         scaled = jnp.where(_kept(scaled, state.top_k, state.top_p), scaled, -jnp.inf)

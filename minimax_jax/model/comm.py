@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
@@ -16,12 +17,20 @@ class Comm:
         return table[input_ids]
 
     def sum_tensor(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
-        """Sums partial results over tensor ranks (after o_proj and down_proj)."""
+        """Sums partial results over the ranks that share heads (after o_proj)."""
         return x
+
+    def sum_mlp(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
+        """Sums partial results over the ranks that hold the same tokens (after down_proj, of all experts)."""
+        return self.sum_tensor(x)
 
     def gather_vocab(self, logits: Float[Array, "T V"]) -> Float[Array, "T V"]:
         """Joins the vocabulary slices of the ranks' logits."""
         return logits
+
+    def argmax_vocab(self, logits: Float[Array, "T V"]) -> Int[Array, "T"]:
+        """The likeliest token of each row, int32, from the ranks' slices of the logits; of equal ones the lowest id."""
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def route(
         self, layer_id: int, expert_ids: Int[Array, "T k"], weights: Float[Array, "T k"]

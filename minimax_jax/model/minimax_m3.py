@@ -34,7 +34,7 @@ class DecoderLayer(nnx.Module):
         x = x + comm.sum_tensor(self.self_attn(self.input_layernorm(x), rope, attend))
         normed = self.post_attention_layernorm(x)
         update = self.mlp(normed, comm) if isinstance(self.mlp, MoE) else self.mlp(normed)
-        return x + comm.sum_tensor(update)
+        return x + comm.sum_mlp(update)
 
 
 class MiniMaxM3(nnx.Module):
@@ -66,10 +66,14 @@ class MiniMaxM3(nnx.Module):
             hidden = layer(hidden, rope, attend, comm)
         return hidden
 
-    def head(self, hidden: Float[Array, "T H"], comm: Comm = SINGLE_DEVICE) -> Float[Array, "T V"]:
-        """Final norm and logits in float32."""
+    def rank_logits(self, hidden: Float[Array, "T H"]) -> Float[Array, "T V"]:
+        """Final norm and logits in float32, of this rank's part of the vocabulary."""
         matrix = self.embed_tokens[...].T if self.config.tie_word_embeddings else self.lm_head.get_value()
-        return comm.gather_vocab(linear(self.norm(hidden), matrix, jnp.float32))
+        return linear(self.norm(hidden), matrix, jnp.float32)
+
+    def head(self, hidden: Float[Array, "T H"], comm: Comm = SINGLE_DEVICE) -> Float[Array, "T V"]:
+        """Final norm and logits in float32, of the whole vocabulary."""
+        return comm.gather_vocab(self.rank_logits(hidden))
 
     def __call__(
         self, input_ids: Int[Array, "T"], positions: Int[Array, "T"], attend: Attend, comm: Comm = SINGLE_DEVICE

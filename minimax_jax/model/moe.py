@@ -37,7 +37,7 @@ class Router(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The routed experts that live on this rank."""
+    """The routed experts that live on this rank: as many as its weights have."""
 
     def __init__(self, config: MiniMaxM3Config, dtype: DTypeLike, rngs: nnx.Rngs):
         experts, hidden, width = config.num_local_experts, config.hidden_size, config.intermediate_size
@@ -48,12 +48,16 @@ class Experts(nnx.Module):
     def __call__(
         self, x: Float[Array, "T H"], expert_ids: Int[Array, "T k"], weights: Float[Array, "T k"]
     ) -> Float[Array, "T H"]:
-        """Weighted sum of each token's experts, added up in float32 in the token's own order of experts."""
+        """Weighted sum of each token's experts, added up in float32 in the token's own order of experts.
+
+        Ids from the number of experts on stand for experts elsewhere and add nothing.
+        """
         num_tokens, per_token = expert_ids.shape
+        gate_up_proj = self.gate_up_proj.get_value()
         flat_ids = expert_ids.reshape(-1)
         order = jnp.argsort(flat_ids, stable=True)
-        group_sizes = jnp.zeros((self.config.num_local_experts,), jnp.int32).at[flat_ids].add(1, mode="drop")
-        gate_up = grouped_matmul(x[order // per_token], self.gate_up_proj.get_value(), group_sizes)
+        group_sizes = jnp.zeros((gate_up_proj.shape[0],), jnp.int32).at[flat_ids].add(1, mode="drop")
+        gate_up = grouped_matmul(x[order // per_token], gate_up_proj, group_sizes)
         rows = grouped_matmul(swigluoai(gate_up, self.config), self.down_proj.get_value(), group_sizes)
         place = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=order.dtype))
         outputs = rows[place].reshape(num_tokens, per_token, -1).astype(jnp.float32)

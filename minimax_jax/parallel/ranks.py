@@ -1,0 +1,144 @@
+"""A model's layout on a mesh of devices: global arrays from parts and back, and functions of one rank."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from minimax_jax.cache import CachePlacement, PagedCaches
+from minimax_jax.config import MiniMaxM3Config
+from minimax_jax.parallel.comm import MeshComm
+from minimax_jax.parallel.config import DATA, HEADS, TOKENS, ParallelConfig
+from minimax_jax.parallel.layout import INDEX_CACHE, KV_CACHE, Layout, Range, boxes, part_shape
+from minimax_jax.parallel.mesh import make_mesh
+
+
+class Ranks:
+    """The ranks that one model runs on.
+
+    Attributes:
+      layout: who holds what.
+      mesh: the devices; rank r is the r-th of them.
+      comm: what model modules get inside `per_rank` functions.
+      groups: data ranks, each with requests and pages of its own.
+      rows: how arrays with the data ranks' rows one after the other are sharded.
+      logits: how rows of logits are sharded that each rank keeps its part of the vocabulary of.
+    """
+
+    def __init__(self, config: MiniMaxM3Config, parallel: ParallelConfig, devices: Sequence[jax.Device] | None = None):
+        """
+        Args:
+          devices: the first ones are used; None for all of JAX's.
+
+        Raises:
+          ParallelError: if the model cannot be spread so; nothing was loaded.
+        """
+        parallel.check(config, len(jax.devices() if devices is None else devices))
+        self.layout = Layout(config, parallel)
+        self.mesh = make_mesh(parallel, devices)
+        self.comm = MeshComm(parallel, self.layout.experts_per_rank)
+        self.groups = parallel.attention_data
+        self.rows = PartitionSpec(DATA)
+        self.logits = PartitionSpec(DATA, TOKENS)
+
+    def global_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the global array of a weight that has `shape` in the whole model."""
+        return self.layout.global_shape(shape, self.layout.splits(name))
+
+    def weight_specs(self, names: Sequence[str]) -> list[PartitionSpec]:
+        """How weights are sharded, for `per_rank`."""
+        return [self.layout.spec(self.layout.splits(name)) for name in names]
+
+    @property
+    def cache_specs(self) -> PagedCaches:
+        """How caches are sharded, for `per_rank`."""
+        kv: Any = self.layout.spec(KV_CACHE)
+        index: Any = self.layout.spec(INDEX_CACHE)
+        return PagedCaches(kv, kv, index)
+
+    @property
+    def cache_placement(self) -> CachePlacement:
+        """What `PagePool` needs: every data rank has its own pages, ranks that share a head each have it."""
+        return CachePlacement(
+            kv=NamedSharding(self.mesh, self.layout.spec(KV_CACHE)),
+            index=NamedSharding(self.mesh, self.layout.spec(INDEX_CACHE)),
+            kv_heads=self.layout.local_config.num_key_value_heads * self.layout.parallel.size(HEADS),
+            groups=self.groups,
+        )
+
+    def assemble(self, name: str, shape: tuple[int, ...], read: Callable[[tuple[Range, ...]], np.ndarray]) -> jax.Array:
+        """The global array of a weight, made from what this process's devices need of it and no more.
+
+        The host holds one rank's part at a time; ranks that hold the same share one read.
+
+        Args:
+          shape: in the whole model.
+          read: gives half-open ranges of the whole, one per axis.
+        """
+        splits = self.layout.splits(name)
+        sharding = NamedSharding(self.mesh, self.layout.spec(splits))
+        ranks: dict[tuple[tuple[Range, ...], ...], list[jax.Device]] = {}
+        for rank, device in enumerate(self.mesh.devices.flat):
+            if device.process_index == jax.process_index():
+                ranks.setdefault(self.layout.ranges(shape, splits, rank), []).append(device)
+        shards: list[jax.Array] = []
+        for ranges, devices in ranks.items():
+            pieces = boxes(ranges)
+            if len(pieces) == 1:
+                part = read(pieces[0][0])
+            else:
+                first = read(pieces[0][0])
+                part = np.empty(part_shape(ranges), first.dtype)
+                part[pieces[0][1]] = first
+                for box, index in pieces[1:]:
+                    part[index] = read(box)
+            shards += [jax.device_put(part, device, may_alias=False) for device in devices]
+            jax.block_until_ready(shards)  # so that the host's copy is gone before the next one comes
+        return jax.make_array_from_single_device_arrays(self.global_shape(name, shape), sharding, shards)
+
+    def put(self, name: str, whole: np.ndarray | jax.Array) -> jax.Array:
+        """The global array of a weight that lies on the host, or on one device."""
+        host = np.asarray(whole)
+        return self.assemble(name, host.shape, lambda ranges: host[tuple(slice(*part) for part in ranges)])
+
+    def whole(self, name: str, array: jax.Array) -> np.ndarray:
+        """The whole weight on the host."""
+        return self.layout.whole(np.asarray(array), self.layout.splits(name))
+
+    def place(self, values: Any, specs: Any) -> Any:
+        """What a step takes, from arrays that every process has, on the devices; one spec a leaf."""
+        return jax.tree.map(self._placed, values, specs)
+
+    def _placed(self, value: np.ndarray | jax.Array, spec: PartitionSpec) -> jax.Array:
+        sharding = NamedSharding(self.mesh, spec)
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            keys: Any = value
+            data = self._placed(np.asarray(jax.random.key_data(keys)), spec)
+            wrap = functools.partial(jax.random.wrap_key_data, impl=jax.random.key_impl(keys))
+            return jax.jit(wrap, out_shardings=sharding)(data)
+        host = np.asarray(value)  # by callback, as device_put would ask every other process whether it has the same
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    def fetch(self, rows: jax.Array) -> np.ndarray:
+        """Rows of all data ranks, on the host of every process."""
+        if not rows.is_fully_addressable:
+            rows = self._replicate(rows)
+        return np.asarray(rows)
+
+    @functools.cached_property
+    def _replicate(self) -> Callable[[jax.Array], jax.Array]:
+        return jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+
+    def per_rank(self, fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """`fn` as the body of one rank; `comm` works in it.
+
+        Results that all ranks share are taken from one of them, unchecked: ranks agree because `comm` gave them the
+        same numbers.
+        """
+        return jax.shard_map(fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

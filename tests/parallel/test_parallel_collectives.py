@@ -1,0 +1,77 @@
+"""What the compiled decode step says between devices: how often, and nothing as large as a weight or a cache."""
+
+import collections
+import math
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from parallel_models import VOCAB, four_head_config, name_of
+
+from minimax_jax import MiniMaxM3ForCausalLM
+from minimax_jax.cache import PagePool
+from minimax_jax.engine.sampler import sampling_specs, sampling_state
+from minimax_jax.engine.steps import DecodeState
+from minimax_jax.parallel import ParallelConfig
+
+ROWS, HIDDEN, PER_TOKEN = 2, 64, 2
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-reduce|all-gather|reduce-scatter|(?:ragged-)?all-to-all|collective-\w+)(?:-start)?\("
+)
+
+
+def compiled_decode(sizes, layers):
+    """The optimised HLO of a greedy decode step of sparse layers with experts."""
+    config = four_head_config(
+        num_hidden_layers=layers, layer_types=("minimax_m3_sparse",) * layers, mlp_layer_types=("sparse",) * layers
+    )
+    model = MiniMaxM3ForCausalLM.from_config(config, parallel=ParallelConfig(*sizes))
+    ranks = model.ranks
+    pool = PagePool(config, 64, jnp.float32, ranks.cache_placement)
+    rows = ROWS * ranks.groups
+    step = [np.zeros(rows, np.int32), np.full(rows, 3, np.int32), np.zeros((rows, 4), np.int32)]
+    tokens, lengths, tables = ranks.place(step, [ranks.rows] * 3)
+    sampling = ranks.place(sampling_state(0, rows, 1.0, 1.0, 0, VOCAB), sampling_specs(ranks.rows))
+    state = DecodeState(tokens, lengths, pool.caches)
+    return (
+        model._steps.decode.lower(model._leaves, state, tables, sampling, greedy=True, truncated=False)
+        .compile()
+        .as_text()
+    )
+
+
+def collectives(text):
+    """(kind, elements of the result) of each."""
+    found = []
+    for shapes, kind in COLLECTIVE.findall(text):
+        sizes = [math.prod(map(int, dims.split(","))) if dims else 1 for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)]
+        found.append((kind, max(sizes)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("sizes", "a_layer", "a_step"),
+    [
+        pytest.param((8, 1, 1), {"all-reduce": 2}, {"all-reduce": 1, "all-gather": 1}, marks=pytest.mark.slow),
+        ((8, 8, 1), {"all-reduce": 2}, {"all-reduce": 1, "all-gather": 1}),
+        pytest.param((4, 8, 1), {"all-reduce": 2}, {"all-reduce": 1, "all-gather": 1}, marks=pytest.mark.slow),
+        pytest.param((1, 8, 1), {"all-reduce": 1}, {"all-reduce": 1, "all-gather": 1}, marks=pytest.mark.slow),
+        ((1, 8, 8), {"all-gather": 2, "reduce-scatter": 1}, {}),
+        (
+            (2, 8, 4),
+            {"all-reduce": 2, "all-gather": 2, "reduce-scatter": 1},
+            {"all-reduce": 1, "all-gather": 1},
+        ),
+    ],
+    ids=lambda value: name_of(value) if isinstance(value, tuple) else "",
+)
+def test_collectives_of_a_layer_and_of_a_step(sizes, a_layer, a_step):
+    one, two = (collectives(compiled_decode(sizes, layers)) for layers in (1, 2))
+    counts = [collections.Counter(kind for kind, _ in found) for found in (one, two)]
+    assert counts[1] - counts[0] == a_layer
+    assert counts[0] - collections.Counter(a_layer) == a_step
+    # tokens of all data ranks, and eight ranks' best tokens: no weight, no cache, no logits
+    most = max(ROWS * sizes[2] * HIDDEN, 8 * 2 * ROWS)
+    assert all(size <= most for _, size in one + two)
+    assert most < min(HIDDEN * 4 * 16, 64 * 16 * 16, VOCAB * HIDDEN)
