@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -116,7 +117,7 @@ class Ranks:
 
     def _placed(self, value: np.ndarray | jax.Array, spec: PartitionSpec) -> jax.Array:
         sharding = NamedSharding(self.mesh, spec)
-        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             keys: Any = value
             data = self._placed(np.asarray(jax.random.key_data(keys)), spec)
             wrap = functools.partial(jax.random.wrap_key_data, impl=jax.random.key_impl(keys))
