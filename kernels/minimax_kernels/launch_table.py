@@ -23,7 +23,7 @@ class ScoreLaunch:
     launch: Launch
 
 
-def score_launch(num_tokens: int, num_requests: int, num_blocks: int, num_heads: int, mean_rows: int) -> ScoreLaunch:
+def score_launch(num_tokens: int, num_blocks: int, num_heads: int, mean_rows: int) -> ScoreLaunch:
     """For queries whose requests have `mean_rows` rows on average, rounded up to a power of two."""
     if mean_rows <= 16:
         tile = min(mean_rows, max(64 // num_heads, 1))
@@ -69,7 +69,7 @@ def attend_launch(num_tokens: int, groups: int, blocks: int) -> AttendLaunch:
     return AttendLaunch(1, per_program, 64, Launch(4, 2))
 
 
-def dense_launch(num_tokens: int, num_requests: int, num_blocks: int, rows_per_token: int, groups: int, tile: int):
+def dense_launch(num_tokens: int, num_blocks: int, rows_per_token: int, groups: int, tile: int) -> AttendLaunch:
     """For all pages of a request: tiles of 128 query rows where there are that many."""
     tile = min(tile, floor_power_of_two(max(128 // rows_per_token, 1)))
     programs = ceil_div(num_tokens, tile) * groups

@@ -27,7 +27,6 @@ def dense_attention(
     require_pages(q, k_cache, block_size, head_dim, interpret=interpret)
     launch = launch or dense_launch(
         num_tokens,
-        batch.num_requests,
         batch.num_blocks,
         num_heads // num_kv_heads,
         num_kv_heads,

@@ -1,6 +1,6 @@
 """Block scores of the index branch: two Pallas kernels, one for many query rows and one for few.
 
-Many rows (prefill): 128 or 256 rows of queries are multiplied with one page of keys at a time; a row is a token and an
+Many rows (prefill): 128 rows of queries are multiplied with one page of keys at a time; a row is a token and an
 index head, so all heads share the read of the keys. Few rows (decode, verification of drafts): the keys stand
 on the M side of the matrix instruction, 128 of them, and the rows of one request on its N side.
 Both are split over the keys: each program scores a range of blocks, and nothing is left to merge.
@@ -55,7 +55,7 @@ def score_and_clear(
     require_pages(idx_q, index_cache, block_size, head_dim, interpret=interpret)
     require_power_of_two("idx_q's Hi", num_heads, 8)
     mean_rows = tile_size(num_tokens, num_requests, most=2 * FEW_ROWS)
-    launch = launch or score_launch(num_tokens, num_requests, num_blocks, num_heads, mean_rows)
+    launch = launch or score_launch(num_tokens, num_blocks, num_heads, mean_rows)
     tile = launch.tile
     few = tile <= FEW_ROWS
     rows = max(16, next_power_of_two(tile * num_heads)) if few else tile * num_heads
