@@ -60,9 +60,17 @@ class AttendLaunch:
     launch: Launch
 
 
-def attend_launch(num_tokens: int, groups: int, blocks: int) -> AttendLaunch:
-    """For tokens with lists of `blocks` pages each: enough programs to fill the device."""
-    splits = min(max(round(NUM_SMS * 2 / (num_tokens * groups)), 1), blocks, MOST_SPLITS)
+def attend_launch(num_tokens: int, groups: int, blocks: int, *, prefill: bool = False) -> AttendLaunch:
+    """For tokens with lists of `blocks` pages each: enough programs to fill the device.
+
+    Args:
+      prefill: neighbouring tokens find each other's pages in the second-level cache: more programs pay.
+    """
+    programs = num_tokens * groups
+    splits = max(round(NUM_SMS * 2 / programs), 1)
+    if prefill and programs > NUM_SMS:
+        splits = max(splits, 3 if groups == 1 else 2)
+    splits = min(splits, blocks, MOST_SPLITS)
     per_program = ceil_div(blocks, splits)
     if per_program == 1:  # one step a program: nothing to pipeline
         return AttendLaunch(1, 1, 128, Launch(4, 1))
