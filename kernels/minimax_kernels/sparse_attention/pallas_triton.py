@@ -42,7 +42,8 @@ def sparse_attention(
         return attend_by_page(
             q, k_cache, v_cache, selected, batch, scale=scale, out=out, launch=launch, interpret=interpret
         )
+    attend = attend_launch(num_tokens, groups, topk, rows_per_token, prefill=queries > FEW_QUERIES)
     return attend_pages(
         q, k_cache, v_cache, batch, groups=groups, selection=Selection(topk, blocks=selected), scale=scale, out=out,
-        interpret=interpret, launch=attend_launch(num_tokens, groups, topk, prefill=queries > FEW_QUERIES),
+        launch=attend, interpret=interpret,
     )  # fmt: skip
