@@ -17,6 +17,7 @@ from minimax_jax.engine.step_arrays import side_by_side
 from minimax_jax.engine.steps import PickFeatures
 
 _NEVER = -np.inf
+_BIAS_SIZES = (0, 16, 1024)  # few, since each is compiled; the last one holds what a request may ask for
 
 
 def pick_features(sequences: Iterable[Sequence]) -> PickFeatures:
@@ -46,7 +47,8 @@ def pick_parameters(
     seeds, streams = np.zeros((2, *shape), np.uint32)
     biases = [[_biases(row.sequence, end_ids) for row in plan.rows] for plan in plans]
     most = max((len(own) for group in biases for own in group), default=0)
-    bias_ids = np.full((*shape, bucket(most, 4) if most else 0), vocab_size, np.int32)
+    size = next(size for size in _BIAS_SIZES if size >= most)
+    bias_ids = np.full((*shape, size), vocab_size, np.int32)
     bias_values = np.zeros(bias_ids.shape, np.float32)
     for group, plan in enumerate(plans):
         for number, row in enumerate(plan.rows):

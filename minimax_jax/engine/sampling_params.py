@@ -13,6 +13,7 @@ from minimax_jax.engine.generation_config import COLDEST
 MOST_LOGPROBS = 20
 MOST_CHOICES = 64
 MOST_BIASES = 300
+MOST_STOPS = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +88,7 @@ class SamplingParams:
         )
         self._require(all(isinstance(s, str) and s for s in self.stop), "stop", "a string or strings, none empty")
         self._require(all(_is_int(i, 0) for i in self.stop_token_ids), "stop_token_ids", "token ids >= 0")
+        self._require(len(self.stop_token_ids) <= MOST_STOPS, "stop_token_ids", f"at most {MOST_STOPS} ids")
         self._require(self.detokenize or not self.stop, "stop", "empty without detokenize")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)

@@ -30,7 +30,7 @@ class StepArrays:
     """One step on the host, data ranks one after the other on axis 0; see `StepInputs` and `PickInputs`.
 
     Attributes:
-      last, row_slots, writes: as in `PickInputs`; the rest as in `StepInputs` and `Batch`.
+      row_slots, writes: `slots` and `writes` of `PickInputs`; the rest as in `StepInputs` and `Batch`.
     """
 
     tokens: Int[np.ndarray, "T"]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from minimax_jax.attention import check_pages, step_layout
+from minimax_jax.attention import StepLayout, check_pages, step_layout
 from minimax_jax.buckets import bucket, buckets_up_to
 from minimax_jax.cache import PagePool
 from minimax_jax.config import MiniMaxM3Config
@@ -162,12 +162,14 @@ class StepRunner:
     def _how(self, plans: Rows[StepPlan]) -> tuple[str, str]:
         """(kind, execution) of a step."""
         kind = "decode" if all(row.count == 1 for plan in plans for row in plan.rows) else "prefill"
+        return kind, self._choose(kind, max(plan.num_tokens for plan in plans))
+
+    def _choose(self, kind: str, num_tokens: int) -> str:
         if self._execution == "eager":
-            return kind, "eager"
+            return "eager"
         if kind == "decode":
-            return kind, "whole"
-        most = max(plan.num_tokens for plan in plans)
-        return kind, prefill_execution(self._execution, most, self._model.num_hidden_layers, self._platform)
+            return "whole"
+        return prefill_execution(self._execution, num_tokens, self._model.num_hidden_layers, self._platform)
 
     def _shape(self, plans: Rows[StepPlan], kind: str) -> StepShape:
         count = max(len(plan.rows) for plan in plans)
@@ -190,13 +192,45 @@ class StepRunner:
         if any(plan.copies for plan in plans):
             self.copy_pages([plan.copies for plan in plans])
         if how == "whole":
-            hidden = self._run_whole(arrays)
+            hidden, last = self._run_whole(arrays)
         else:
-            hidden = self._run_segments(plans[0], arrays, eager=how == "eager")
-        tokens, logprobs = self._pick(plans, shape, arrays, hidden, exact=how != "whole")
+            hidden, last = self._run_segments(plans[0], arrays, eager=how == "eager")
+        tokens, logprobs = self._pick(arrays, last, *self._pick_parameters(plans, shape.rows))
         scores = self._score_prompts(plans, shape, hidden)
         jax.tree.map(_start_copy, (tokens, logprobs, [score.scores for score in scores]))
         return LaunchedStep(tuple(plans), shape.rows, tokens, logprobs, scores, kind, how)
+
+    def warm_up(self, kind: str, num_tokens: int, num_rows: int, num_pages: int) -> None:
+        """Compiles and runs one step of the largest context that `num_pages` hold, which writes to no page.
+
+        Args:
+          kind: "prefill", with `num_tokens` of one sequence and one each of others, or "decode".
+        """
+        shape = StepShape(num_tokens if kind == "prefill" else num_rows, num_rows, num_pages)
+        groups = self._groups
+        counts = np.ones(num_rows, np.int32)
+        if kind == "prefill":
+            counts[0] = num_tokens - num_rows + 1
+        ends = np.cumsum(counts, dtype=np.int32)
+        contexts = np.full(num_rows, num_pages * self._page_size, np.int32)
+        at = np.repeat(np.arange(num_rows), counts)
+        positions = np.arange(shape.tokens, dtype=np.int32) - ends[at] + contexts[at]
+        none, zeros = np.full(shape.tokens, -1, np.int32), np.zeros(shape.tokens, np.int32)
+        tables, rows = np.zeros((num_rows, num_pages), np.int32), np.zeros(num_rows, np.int32)
+        starts = np.concatenate([rows[:1], ends])
+        fields = (zeros, none, positions, none, tables, starts, contexts, ends - 1, rows, rows + self.num_slots)
+        arrays = StepArrays(*(np.concatenate([field] * groups) for field in fields))
+        how = self._choose(kind, shape.tokens)
+        if how == "whole":
+            _, last = self._run_whole(arrays)
+        else:
+            layout = StepLayout(tables, starts, contexts, none)
+            _, last = self._run_layout(zeros, positions, layout, arrays.last, eager=how == "eager")
+        for features in (PickFeatures(), PickFeatures(greedy=False, truncated=True)):
+            parameters = pick_parameters([StepPlan()] * groups, num_rows, self._model.vocab_size, ())
+            sampling, adjustments = self._place(parameters, keep=True)
+            picked = self._pick(arrays, last, features, sampling, adjustments)
+        jax.block_until_ready(picked)
 
     def fetch(self, step: LaunchedStep) -> tuple[np.ndarray, TokenLogprobs | None]:
         """Waits for a step's tokens [data rank, row] and what was asked about them, on the host."""
@@ -252,13 +286,15 @@ class StepRunner:
         flat = self._place((slots.reshape(-1), prompt.reshape(-1), output.reshape(-1)))
         self._state = self._steps.begin_row(self._state, *flat)
 
-    def _run_whole(self, arrays: StepArrays) -> Float[Array, "T H"]:
+    def _run_whole(self, arrays: StepArrays) -> tuple[Float[Array, "T H"], Float[Array, "R H"]]:
+        """(hidden states, those of each row's last token)."""
         batch: Any = Batch(arrays.block_tables, arrays.query_starts, arrays.kv_lens)  # type: ignore[arg-type]
-        step = self._place(StepInputs(arrays.tokens, arrays.sources, arrays.positions, arrays.slots, batch))  # type: ignore[arg-type]
+        given: Any = (arrays.tokens, arrays.sources, arrays.positions, arrays.slots, batch, arrays.last)
+        step = self._place(StepInputs(*given))
         with self.pool.borrow() as lent:
             self._check_pages(arrays)
-            hidden, lent.caches = self._steps.layers(self._leaves, lent.caches, self._state.last_tokens, step)
-        return hidden
+            hidden, last, lent.caches = self._steps.layers(self._leaves, lent.caches, self._state.last_tokens, step)
+        return hidden, last
 
     def _check_pages(self, arrays: StepArrays) -> None:
         """Raises ValueError for pages that a pool which was resized meanwhile has no more."""
@@ -267,27 +303,45 @@ class StepRunner:
             check_pages(arrays.block_tables[held], self.pool.num_pages)
             self._life = self.pool.epoch.value
 
-    def _run_segments(self, plan: StepPlan, arrays: StepArrays, *, eager: bool) -> Float[Array, "T H"]:
+    def _run_segments(
+        self, plan: StepPlan, arrays: StepArrays, *, eager: bool
+    ) -> tuple[Float[Array, "T H"], Float[Array, "R H"]]:
         """Through segments, which pad for themselves: one data rank, all tokens known."""
         rows, total = len(plan.rows), plan.num_tokens
         assert (arrays.sources < 0).all()
         counts = np.array([row.count for row in plan.rows], np.int32)
         tables, kv_lens = arrays.block_tables[:rows], arrays.kv_lens[:rows]
         layout = step_layout(tables, counts, kv_lens, self._page_size)
+        return self._run_layout(arrays.tokens[:total], arrays.positions[:total], layout, arrays.last, eager=eager)
+
+    def _run_layout(
+        self,
+        tokens: Int[np.ndarray, "T"],
+        positions: Int[np.ndarray, "T"],
+        layout: StepLayout,
+        last: Int[np.ndarray, "R"],
+        *,
+        eager: bool,
+    ) -> tuple[Float[Array, "T H"], Float[Array, "R H"]]:
         segments = self._steps.segmented if self._segmented is None else self._segmented
         runtime = segments.attention.step(self.pool, layout)
         run = segments.layers.eager if eager else segments.layers
-        return run(self._leaves, arrays.tokens[:total], arrays.positions[:total], runtime=runtime)
+        hidden = run(self._leaves, tokens, positions, runtime=runtime)
+        known = not eager and hidden.shape[0] in segments.layers.buckets
+        take = self._steps.take if known else self._steps.take_exact(hidden.shape[0])
+        return hidden, take(hidden, jnp.asarray(last))
 
     def _pick(
-        self, plans: Rows[StepPlan], shape: StepShape, arrays: StepArrays, hidden: Float[Array, "T H"], *, exact: bool
+        self,
+        arrays: StepArrays,
+        last: Float[Array, "R H"],
+        features: PickFeatures,
+        sampling: SamplingState,
+        adjustments: Adjustments,
     ) -> tuple[Int[Array, "R"], TokenLogprobs | None]:
-        features, sampling, adjustments = self._pick_parameters(plans, shape.rows)
-        given = (arrays.last, arrays.kv_lens, arrays.row_slots, arrays.writes)
+        given = (arrays.kv_lens, arrays.row_slots, arrays.writes)
         rows = PickInputs(*self._place(given), sampling, adjustments)
-        exact = exact and hidden.shape[0] not in self.config.token_buckets
-        pick = self._steps.pick_exact(hidden.shape[0]) if exact else self._steps.pick
-        tokens, logprobs, self._state = pick(self._leaves, self._state, hidden, rows, features=features)
+        tokens, logprobs, self._state = self._steps.pick(self._leaves, self._state, last, rows, features=features)
         return tokens, logprobs
 
     def _pick_parameters(self, plans: Rows[StepPlan], num_rows: int) -> tuple[PickFeatures, SamplingState, Adjustments]:

@@ -43,6 +43,7 @@ class StepInputs:
       positions: in their sequences.
       slots: page * B + offset, -1 for padding.
       batch: which rows they belong to.
+      last: of each row the flat token whose hidden state decides on the next one.
     """
 
     tokens: Int[Array, "T"]
@@ -50,6 +51,7 @@ class StepInputs:
     positions: Int[Array, "T"]
     slots: Int[Array, "T"]
     batch: Batch
+    last: Int[Array, "R"]
 
 
 @jax.tree_util.register_dataclass
@@ -58,13 +60,11 @@ class PickInputs:
     """The rows of one step whose next tokens are picked.
 
     Attributes:
-      last: the flat token whose hidden state decides.
       positions: where the new token will stand.
       slots: of the rows; writes: the same for those that choose, S for others.
       sampling, adjustments: how.
     """
 
-    last: Int[Array, "R"]
     positions: Int[Array, "R"]
     slots: Int[Array, "R"]
     writes: Int[Array, "R"]
@@ -117,11 +117,9 @@ class Steps:
         self.edit_pages = jax.jit(self._edit_pages, donate_argnums=(0,))
         self.begin_row = jax.jit(self._begin_row, donate_argnums=(0,))
 
-        def pick() -> tuple[Any, ...]:
-            return (jax.jit(functools.partial(self._pick), donate_argnums=(1,), static_argnames="features"),)
-
-        (self.pick,) = pick()
-        self._exact_picks = RecentJits(pick)
+        self.pick = jax.jit(self._pick, donate_argnums=(1,), static_argnames="features")
+        self.take = jax.jit(_take)
+        self._exact_takes = RecentJits(lambda: (jax.jit(functools.partial(_take)),))
 
     @functools.cached_property
     def segmented(self) -> SegmentedPrefill:
@@ -132,9 +130,9 @@ class Steps:
         """The same, for buckets of one's own."""
         return SegmentedPrefill(self._config, self._graphdef, self._names, max_tokens=buckets[-1], buckets=buckets)
 
-    def pick_exact(self, num_tokens: int) -> Callable[..., Any]:
-        """`pick` for hidden states of a size that may be one of endlessly many; the latest few are kept."""
-        return self._exact_picks.get(num_tokens)[0]
+    def take_exact(self, num_tokens: int) -> Callable[[Array, Array], Array]:
+        """`take` for hidden states of a size that may be one of endlessly many; the latest few are kept."""
+        return self._exact_takes.get(num_tokens)[0]
 
     def _model(self, leaves: list[Array]):
         return merge_model(self._graphdef, dict(zip(self._names, leaves, strict=True)))
@@ -156,11 +154,17 @@ class Steps:
 
     def _layers(
         self, leaves: list[Array], caches: PagedCaches, last_tokens: Int[Array, "S"], step: StepInputs
-    ) -> tuple[Float[Array, "T H"], PagedCaches]:
-        """Runs flat tokens, of prompts and answers alike, through all layers; returns their hidden states."""
+    ) -> tuple[Float[Array, "T H"], Float[Array, "R H"], PagedCaches]:
+        """Runs flat tokens, of prompts and answers alike, through all layers.
+
+        Returns:
+          (hidden states, those of each row's last token, caches)
+        """
         self.traces["layers"] += 1
         run = self._per_rank(
-            self._layers_rank, (self._weights, self._caches, self._rows, self._rows), (self._rows, self._caches)
+            self._layers_rank,
+            (self._weights, self._caches, self._rows, self._rows),
+            (self._rows, self._rows, self._caches),
         )
         return run(leaves, caches, last_tokens, step)
 
@@ -169,29 +173,32 @@ class Steps:
         tokens = jnp.where(step.sources < 0, step.tokens, last_tokens[step.sources])
         attend = TracedAttend(self._config, caches, step.batch, step.slots)
         hidden = model.run_layers(model.embed(tokens, comm), step.positions, attend, comm)
-        return hidden, attend.caches()
+        return hidden, _take(hidden, step.last), attend.caches()
 
     def _pick(
         self,
         leaves: list[Array],
         state: RowState,
-        hidden: Float[Array, "T H"],
+        last: Float[Array, "R H"],
         rows: PickInputs,
         *,
         features: PickFeatures,
     ) -> tuple[Int[Array, "R"], TokenLogprobs | None, RowState]:
-        """The next token of each row, `BAD_LOGITS` where there is none to choose, and what was asked about it."""
+        """The next token of each row, `BAD_LOGITS` where there is none to choose, and what was asked about it.
+
+        Args:
+          last: the rows' hidden states, of which the head makes logits.
+        """
         self.traces["pick"] += 1
         run = self._per_rank(
             functools.partial(self._pick_rank, features=features),
             (self._weights, self._rows, self._rows, self._rows),
             (self._rows, None if features.num_logprobs is None else self._rows, self._rows),
         )
-        return run(leaves, state, hidden, rows)
+        return run(leaves, state, last, rows)
 
-    def _pick_rank(self, leaves, state, hidden, rows, *, features):
+    def _pick_rank(self, leaves, state, last, rows, *, features):
         model, comm = self._model(leaves), self._comm
-        last = hidden[rows.last]  # the head sees one row a sequence
         logits = model.rank_logits(last)
         bad = ~jnp.isfinite(last).all(axis=-1)  # every rank has these
         adjusted = features.penalized or rows.adjustments.bias_ids.shape[1] > 0
@@ -244,3 +251,7 @@ class Steps:
         self, state: RowState, slot: Int[Array, "1"], prompt: Int[Array, "L"], output: Int[Array, "M"]
     ) -> RowState:
         return self._per_rank(begin_row, (self._rows,) * 4, self._rows)(state, slot, prompt, output)
+
+
+def _take(hidden: Float[Array, "T H"], last: Int[Array, "R"]) -> Float[Array, "R H"]:
+    return hidden[last]

@@ -94,7 +94,7 @@ def test_nothing_is_retraced_for_other_values():
     model = small_model(seed=3)
     model.generate([random_prompt(20)], max_new_tokens=30, do_sample=True, temperature=0.7, top_k=5)
     before = dict(model._steps.traces)
-    assert before == {"layers": 2, "pick": 2}  # prompts and decoding are two shapes
+    assert before == {"layers": 2, "pick": 1}  # prompts and decoding are two shapes
     model.generate([random_prompt(23, seed=1)], max_new_tokens=29, do_sample=True, temperature=1.3, top_k=9, seed=4)
     assert model._steps.traces == before
 
@@ -107,7 +107,7 @@ def decode_inputs(config, kv_lens, tables):
     starts = np.concatenate([[0], np.cumsum(kv_lens > 0)])
     arrays = (0 * rows, 0 * rows - 1, place, slots, tables, starts, kv_lens)
     tokens, sources, positions, slots, *batch = (jnp.asarray(array, jnp.int32) for array in arrays)
-    return StepInputs(tokens, sources, positions, slots, Batch(*batch))
+    return StepInputs(tokens, sources, positions, slots, Batch(*batch), tokens)
 
 
 def test_caches_are_donated(model):
@@ -122,7 +122,7 @@ def test_rows_of_padding_write_nothing(model):
     config = model.config
     poison = jax.tree.map(lambda pool: jnp.full_like(pool, 7.0), allocate_pages(config, 8, jnp.float32))
     step = decode_inputs(config, [4, 0, 0, 0], np.arange(8).reshape(4, 2))
-    _, after = model._steps.layers(model._leaves, poison, jnp.zeros(4, jnp.int32), step)
+    _, _, after = model._steps.layers(model._leaves, poison, jnp.zeros(4, jnp.int32), step)
     for pool in after.k:
         changed = np.argwhere(np.asarray(pool) != 7.0)
         assert set(changed[:, 0]) == {0} and set(changed[:, 2]) == {3}

@@ -37,8 +37,8 @@ def compiled_decode(sizes, layers):
     starts = np.tile(np.arange(ROWS + 1, dtype=np.int32), ranks.groups)
     batch = Batch(np.zeros((rows, 4), np.int32), starts, ids + 3)
     changes = Adjustments(ones, ones, ones, np.zeros((rows, 0), np.int32), np.zeros((rows, 0), np.float32))
-    picking = PickInputs(ids, ids, ids, ids, sampling_state(0, rows, 0.0, 1.0, 0, VOCAB), changes)
-    given = (StepInputs(ids, ids - 1, ids + 2, ids, batch), picking, empty_rows(rows, VOCAB))
+    picking = PickInputs(ids, ids, ids, sampling_state(0, rows, 0.0, 1.0, 0, VOCAB), changes)
+    given = (StepInputs(ids, ids - 1, ids + 2, ids, batch, ids), picking, empty_rows(rows, VOCAB))
     step, picking, state = ranks.place(given, jax.tree.map(lambda _: ranks.rows, given))
     steps, leaves = model._steps, model._leaves
     layers = steps.layers.lower(leaves, pool.caches, state.last_tokens, step).compile()
