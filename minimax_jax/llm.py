@@ -95,9 +95,7 @@ class LLM:
         parallel = _parallel(tensor_parallel_size, moe_expert_parallel_size, enable_attention_dp)
         if isinstance(model, MiniMaxM3ForCausalLM):
             if parallel is not None:
-                raise ValueError(
-                    "tensor_parallel_size: must be 1 for a model that is loaded already, with its own layout"
-                )
+                raise ValueError("tensor_parallel_size: must be 1 for a loaded model, which has its own layout")
             self.model = model
         else:
             self.model = MiniMaxM3ForCausalLM.from_pretrained(model, dtype, parallel=parallel, progress=progress)
@@ -218,14 +216,14 @@ class LLM:
         Raises:
           RequestError, ValueError: what ended the request or kept it from beginning.
         """
-        request = self._request(prompt, *self._spread(sampling_params, 1))
+        request = self._request(prompt, self._spread(sampling_params, 1)[0])
         loop = asyncio.get_running_loop()
         outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
 
         def listen(changed: Request) -> None:
             loop.call_soon_threadsafe(outputs.put_nowait, changed.output())
 
-        self._thread.submit(request, listen)
+        self._thread.submit([request], listen)
         finished = False
         try:
             while not finished:
@@ -302,8 +300,7 @@ class LLM:
         waiting = {request.request_id for request in requests}
         bar = _Bar(len(requests), shown=use_tqdm)
         try:
-            for request in requests:
-                self._thread.submit(request, listen)
+            self._thread.submit(requests, listen)
             while waiting:
                 try:
                     request = done.get(timeout=0.5)  # so that the bar appears, and Ctrl-C gets through everywhere

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from minimax_jax.engine.core import EngineCore
 from minimax_jax.engine.errors import EngineClosedError
@@ -27,8 +27,8 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="minimax_jax engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: Request, listener: Listener) -> None:
-        """Hands a request in.
+    def submit(self, requests: Iterable[Request], listener: Listener) -> None:
+        """Hands requests in, which the engine sees at once.
 
         Args:
           listener: called on the engine's thread whenever an answer grew or ended, and once for a request that has an
@@ -39,7 +39,7 @@ class EngineThread:
         """
         with self._changed:
             self._check_open()
-            self._arrived.append((request, listener))
+            self._arrived += [(request, listener) for request in requests]
             self._changed.notify()
 
     def abort(self, request: Request) -> None:

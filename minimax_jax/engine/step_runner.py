@@ -339,8 +339,8 @@ class StepRunner:
         sampling: SamplingState,
         adjustments: Adjustments,
     ) -> tuple[Int[Array, "R"], TokenLogprobs | None]:
-        given = (arrays.kv_lens, arrays.row_slots, arrays.writes)
-        rows = PickInputs(*self._place(given), sampling, adjustments)
+        positions, slots, writes = self._place((arrays.kv_lens, arrays.row_slots, arrays.writes))
+        rows = PickInputs(positions, slots, writes, sampling, adjustments)
         tokens, logprobs, self._state = self._steps.pick(self._leaves, self._state, last, rows, features=features)
         return tokens, logprobs
 
