@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from minimax_jax.chat import marker_tail
 from minimax_jax.tokenizer import TextStream, Tokenizer
 
 
@@ -66,13 +67,8 @@ class SequenceText:
             self._pieces.append(self._held[: place + len(stop) if self._keep_stop else place])
             self._held = ""
             return stop
-        kept = max(_beginning(self._held, stop) for stop in self._stop)
+        kept = max(marker_tail(self._held, stop) for stop in self._stop)
         cut = len(self._held) - kept
         self._pieces.append(self._held[:cut])
         self._held = self._held[cut:]
         return None
-
-
-def _beginning(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
