@@ -343,8 +343,8 @@ class _Bar:
 
             self._bar = tqdm(total=self._total, unit="request", file=sys.stderr, dynamic_ncols=True)
         if self._bar is not None:
+            self._bar.set_postfix_str(f"{self._tokens / seconds:.0f} new tokens/s", refresh=False)
             self._bar.update(self._done - self._bar.n)
-            self._bar.set_postfix_str(f"{self._tokens / seconds:.0f} new tokens/s")
 
     def close(self) -> None:
         if self._bar is not None:

@@ -126,6 +126,7 @@ class EngineThread:
 
 def _listens(request: Request, listener: Listener) -> bool:
     """Tells a listener; False if it failed: whoever asked has gone away, which is no concern of other requests."""
+    request.note_time()
     try:
         listener(request)
     except Exception:  # noqa: BLE001 - a closed event loop, a broken pipe, an error of the caller's own

@@ -53,6 +53,19 @@ class CompletionOutput:
 
 
 @dataclasses.dataclass(frozen=True)
+class RequestMetrics:
+    """When things happened, in seconds of `time.monotonic`; None for what has not.
+
+    Attributes:
+      arrival: the request was made; first_token: the host had its first token; finished: it was done.
+    """
+
+    arrival: float
+    first_token: float | None = None
+    finished: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class RequestOutput:
     """A request and its answers.
 
@@ -62,6 +75,7 @@ class RequestOutput:
       outputs: the answers, by index.
       finished: whether all are.
       num_cached_tokens: of the prompt, that were found in the caches.
+      metrics: when what happened.
       error: what ended the request, if it is one of the things that should not happen.
     """
 
@@ -72,6 +86,7 @@ class RequestOutput:
     finished: bool
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
+    metrics: RequestMetrics | None = None
     error: Exception | None = None
 
 

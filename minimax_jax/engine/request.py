@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Callable
 
 import numpy as np
 
-from minimax_jax.engine.outputs import RequestOutput, completion_output, prompt_logprobs
+from minimax_jax.engine.outputs import RequestMetrics, RequestOutput, completion_output, prompt_logprobs
 from minimax_jax.engine.sampling_params import SamplingParams
 from minimax_jax.engine.sequence import Sequence
 from minimax_jax.engine.sequence_text import SequenceText
@@ -46,6 +48,7 @@ class Request:
         self._tokenizer = tokenizer
         self.sequences: list[Sequence] = []
         self._error = error
+        self._metrics = RequestMetrics(time.monotonic())
         if error is None:
             try:
                 self._check(max_seq_len, vocab_size)
@@ -93,6 +96,14 @@ class Request:
         """What ended the request, or kept it from beginning."""
         return self._error or next((s.error for s in self.sequences if s.error is not None), None)
 
+    def note_time(self) -> None:
+        """To be called when an answer grew or ended."""
+        now = time.monotonic()
+        if self._metrics.first_token is None and any(len(sequence.output) for sequence in self.sequences):
+            self._metrics = dataclasses.replace(self._metrics, first_token=now)
+        if self._metrics.finished is None and self.finished:
+            self._metrics = dataclasses.replace(self._metrics, finished=now)
+
     def fail(self, error: Exception) -> None:
         """Ends it from outside."""
         self._error = error
@@ -116,5 +127,6 @@ class Request:
             finished=self.finished,
             prompt_logprobs=prompt_logprobs(self.sequences[0], token_text) if self.sequences else None,
             num_cached_tokens=(self.sequences[0].found or 0) if self.sequences else 0,
+            metrics=self._metrics,
             error=self.error,
         )

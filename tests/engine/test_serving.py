@@ -131,13 +131,13 @@ def test_memory_stays_flat_over_ten_thousand_requests(model):
 
 @pytest.mark.slow
 def test_long_prompts_of_the_embedded_checkpoint():
-    """Prompts of up to 6000 tokens, of which several thousand are shared, over pages for two of them."""
+    """Prompts of up to 6000 tokens, many of which begin alike, over pages for two of them."""
     options = {"max_batch_size": 4, "max_num_tokens": 512, "max_seq_len": 6144, "dtype": "float32"}
     shapes = {"segment_config": {"buckets": (512,)}, "decode_config": {"batch_sizes": (4,), "page_buckets": (48,)}}
-    requests = random_requests(20, 6000, seed=2, vocab=2000)
+    requests = random_requests(8, 6000, seed=2, vocab=2000)
     with LLM("tiny", cache_config={"max_tokens": 100 * 128}, **options, **shapes) as llm:
         outputs = llm.generate(*map(list, zip(*requests, strict=True)))
-        assert llm.stats().preemptions > 0
+        assert llm.stats().evicted > 0 and llm.stats().reuse_found > 0
     with LLM("tiny", cache_config={"max_tokens": 100 * 128, "enable_reuse": False}, **options, **shapes) as llm:
         for output, (prompt, params) in zip(outputs, requests, strict=True):
             assert output.outputs[0].token_ids == llm.generate([prompt], params)[0].outputs[0].token_ids
