@@ -35,18 +35,19 @@ def measure_host_share(
       launches, taking in tokens); "wait_us": for the device. "host_share" = host_us / step_us. Where the profiler
       shows kernels, "device_busy_share" of the profiled steps.
     """
-    tokens = 64 if tiny else 2048
+    tokens = max(64 if tiny else 2048, 4 * batch)
     page = 16 if tiny else 128
-    new = steps + PROFILED_STEPS + 40
+    # the first sequences go on while the last one's prompt is computed, and all must outlast the measurement
+    new = 2 * batch * context // (tokens - batch) + steps + PROFILED_STEPS + 40
     width = -(-(context + new) // page)
     llm = rank_llm(
         layers,
         moe=moe,
         tiny=tiny,
         max_batch_size=batch,
-        max_num_tokens=max(tokens, batch),
+        max_num_tokens=tokens,
         max_seq_len=width * page,
-        segment_config={"buckets": (max(tokens, batch),), "enabled": "always"},
+        segment_config={"buckets": (tokens,), "enabled": "always"},
         decode_config={"batch_sizes": (batch,), "page_buckets": (width,)},
         cache_config={"max_tokens": (batch + 1) * width * page},
     )

@@ -62,7 +62,10 @@ class SequencePages:
         copy = place < len(self.table) and (
             self._allocator.references(self.table[place]) > 1 or self._allocator.is_registered(self.table[place])
         )
-        pages = self._allocator.allocate(self.pages_missing(end) + copy)
+        needed = self.pages_missing(end) + copy
+        if not needed:
+            return []
+        pages = self._allocator.allocate(needed)
         if pages is None:
             return None
         copies = []

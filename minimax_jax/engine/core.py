@@ -183,8 +183,9 @@ class EngineCore:
         return cleared
 
     def _release_children(self, sequence: Sequence) -> None:
-        for child in self._children.pop(sequence, ()):
-            self.add(child, group=sequence.group)
+        if self._children:
+            for child in self._children.pop(sequence, ()):
+                self.add(child, group=sequence.group)
 
     def _keep_scores(self, sequence: Sequence, first: int, count: int, scores: Any) -> None:
         for number in range(count):

@@ -123,23 +123,23 @@ class Scheduler:
         """
         step = _Step(self._max_tokens)
         preempted = False
-        for single in (True, False):
-            for sequence in list(self.running):
-                left = sequence.num_uncomputed
-                if sequence.status is not Status.RUNNING or left == 0 or (left == 1) != single or not step.budget:
-                    continue
-                count = min(left, step.budget)
+        left = [(sequence, sequence.num_uncomputed) for sequence in self.running]
+        singles = [sequence for sequence, count in left if count == 1]
+        for sequence in singles + [sequence for sequence, count in left if count > 1]:
+            if sequence.status is not Status.RUNNING or not step.budget:
+                continue
+            count = min(sequence.num_uncomputed, step.budget)
+            copies = self._grow(sequence, count)
+            while copies is None:
+                preempted = True
+                victim = self.running[-1]
+                self._preempt(victim)
+                step.drop(victim)
+                if victim is sequence:
+                    break
                 copies = self._grow(sequence, count)
-                while copies is None:
-                    preempted = True
-                    victim = self.running[-1]
-                    self._preempt(victim)
-                    step.drop(victim)
-                    if victim is sequence:
-                        break
-                    copies = self._grow(sequence, count)
-                else:
-                    step.take(sequence, count, copies)
+            else:
+                step.take(sequence, count, copies)
         while not preempted and step.budget and self.waiting and len(self.running) < self._max_batch:
             if not self._start(self.waiting[0], step):
                 break

@@ -10,6 +10,7 @@ from small_models import random_prompt, small_model
 from minimax_jax.engine.sampling_params import SamplingParams
 from minimax_jax.llm import LLM
 
+LONG = (pytest.mark.slow, pytest.mark.long)
 FEW = 23  # pages: the longest request alone needs 20
 
 
@@ -50,7 +51,7 @@ async def serve(llm, requests, cancelled, random):
     return await asyncio.gather(*(one(i, *request) for i, request in enumerate(requests)))
 
 
-@pytest.mark.parametrize(("count", "reuse"), [(24, True), (16, False), pytest.param(200, True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("count", "reuse"), [(24, True), (16, False), pytest.param(200, True, marks=LONG)])
 def test_requests_that_come_and_go_give_the_tokens_that_each_gives_alone(model, alone, count, reuse):
     random = np.random.default_rng(count)
     requests = random_requests(count, 300, seed=count)
@@ -104,6 +105,7 @@ def test_answers_of_one_prompt_differ_and_equal_those_of_a_batch_of_its_own(mode
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_memory_stays_flat_over_ten_thousand_requests(model):
     import gc
     import tracemalloc
@@ -130,6 +132,7 @@ def test_memory_stays_flat_over_ten_thousand_requests(model):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_long_prompts_of_the_embedded_checkpoint():
     """Prompts of up to 6000 tokens, many of which begin alike, over pages for two of them."""
     options = {"max_batch_size": 4, "max_num_tokens": 512, "max_seq_len": 6144, "dtype": "float32"}
