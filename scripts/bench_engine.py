@@ -6,14 +6,16 @@
 
 Over one TP8 rank's share of M3 (hidden 6144, 8 query heads, 1 KV head, 1 index head, random weights). Sizing: an engine
 with --fraction of the memory, then full batches of full length; the peak must lie within 2 % of the fraction. Host
-share: decode steps of a full batch, timed, then profiled. Writes engine.json and decode_trace.json.gz (for
-ui.perfetto.dev) to --out. Exit status: 0, or 1 when a target was missed.
+share: decode steps of a full batch, timed, then profiled. Each part runs in a process of its own, so that none finds
+the other's memory. Writes engine_host.json, engine_sizing.json and decode_trace.json.gz (for ui.perfetto.dev) to --out.
+Exit status: 0, or 1 when a target was missed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -61,27 +63,26 @@ def main() -> int:
     """Runs the parts that were asked for; what is done is on disk even if a later part fails."""
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, object] = {"machine": describe_machine()}
-    fine = True
-    for part in args.parts.split(","):
-        say(f"{part} ...")
-        if part == "host":
-            host = measure_host_share(
-                args.layers, args.batch, args.context, args.steps, moe=args.moe, tiny=args.tiny, out=args.out
-            )
-            fine &= args.tiny or host["host_share"] < HOST_TARGET
-            results[part] = host
-            say(
-                f"a step of {host['batch']} takes {host['step_us']:.0f} us, the host's part {host['host_us']:.0f} us: "
-                f"{host['host_share']:.1%} (target: under {HOST_TARGET:.0%}); device busy: {host['device_busy_share']}"
-            )
-        else:
-            sizing = measure_sizing(args.sizing_layers, fraction=args.fraction, tiny=args.tiny)
-            fine &= sizing["fine"]
-            results[part] = sizing
-            say(", ".join(f"{key} {value}" for key, value in sizing.items()))
-        results["seconds"] = time.monotonic() - START
-        (args.out / "engine.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    parts = args.parts.split(",")
+    if len(parts) > 1:  # this process must not touch the device
+        commands = [[sys.executable, *sys.argv, "--parts", part] for part in parts]
+        return max(subprocess.run(command).returncode for command in commands)
+    say(f"{parts[0]} ...")
+    if parts[0] == "host":
+        result = measure_host_share(
+            args.layers, args.batch, args.context, args.steps, moe=args.moe, tiny=args.tiny, out=args.out
+        )
+        fine = args.tiny or result["host_share"] < HOST_TARGET
+        say(
+            f"a step of {result['batch']} takes {result['step_us']:.0f} us, the host's part {result['host_us']:.0f}: "
+            f"{result['host_share']:.1%} (target: under {HOST_TARGET:.0%}); device busy: {result['device_busy_share']}"
+        )
+    else:
+        result = measure_sizing(args.sizing_layers, fraction=args.fraction, tiny=args.tiny)
+        fine = result["fine"]
+        say(", ".join(f"{key} {value}" for key, value in result.items()))
+    report = {"machine": describe_machine(), "seconds": time.monotonic() - START, parts[0]: result}
+    (args.out / f"engine_{parts[0]}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0 if fine else 1
 
 

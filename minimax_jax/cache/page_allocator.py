@@ -12,7 +12,7 @@ class ReuseCounts:
     """What reuse did so far, in pages.
 
     Attributes:
-      asked: pages whose content was looked for; found: those that were there.
+      asked: pages that sequences could have found when they started; found: those that were there.
       evicted: pages whose content gave way to another.
     """
 
@@ -148,8 +148,6 @@ class PageAllocator:
             found.append(page)
         for page in found:
             self.retain(page)
-        self.counts.asked += len(names)
-        self.counts.found += len(found)
         return found
 
     def check(self, held: Mapping[int, int]) -> None:

@@ -36,6 +36,11 @@ class SequencePages:
         self.num_found = self._num_registered = len(self.table)
         return self.num_found * self._page_size
 
+    def count_reuse(self, tokens: Int[np.ndarray, "L"]) -> None:
+        """Enters into the books what `find` gave a sequence that has now started."""
+        self._allocator.counts.asked += (len(tokens) - 1) // self._page_size
+        self._allocator.counts.found += self.num_found
+
     def share(self, other: SequencePages, num_tokens: int) -> None:
         """Takes the pages of another sequence up to `num_tokens` tokens, a partly filled last one included."""
         assert not self.table

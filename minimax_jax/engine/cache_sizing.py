@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -12,6 +14,8 @@ from minimax_jax.cache import PagePool
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.engine.segmented_prefill import SegmentedPrefill
 from minimax_jax.tensor_table import cache_bytes_per_token
+
+_PIECE_BYTES = 1 << 28
 
 
 def sized_pool(
@@ -71,17 +75,44 @@ def fill_memory(
     Raises:
       ValueError: as `sized_pool`.
     """
-    if num_pages is None and device.memory_stats() is None:
-        raise ValueError("num_pages: must be given, this device does not tell its memory")
-    warm_up()
-    if num_pages is None:
+    if num_pages is not None:
+        warm_up()
+    else:
+        before = device.memory_stats()
+        if before is None:
+            raise ValueError("num_pages: must be given, this device does not tell its memory")
+        # what ran earlier in this process may have left a peak that hides that of the steps
+        hidden = before["peak_bytes_in_use"] - before["bytes_in_use"]
+        with taken_memory(device, hidden):
+            warm_up()
         memory = device.memory_stats()
-        fitting = pages_that_fit(
-            memory["bytes_limit"], memory["peak_bytes_in_use"], pool.num_pages * page_bytes, page_bytes, memory_fraction
+        num_pages = pages_that_fit(
+            memory["bytes_limit"],
+            memory["peak_bytes_in_use"] - hidden,
+            pool.num_pages * page_bytes,
+            page_bytes,
+            memory_fraction,
         )
-        num_pages = fitting if most_pages is None else min(fitting, most_pages)
+        if most_pages is not None:
+            num_pages = min(num_pages, most_pages)
     pool.resize(num_pages, keep=False)
     warm_up()
+
+
+@contextlib.contextmanager
+def taken_memory(device: jax.Device, num_bytes: int) -> Iterator[None]:
+    """Takes so much of a device's memory meanwhile, in pieces, since free memory need not lie together."""
+    pieces = []
+    try:
+        while num_bytes > 0:
+            size = min(num_bytes, _PIECE_BYTES)
+            pieces.append(jnp.zeros(size, jnp.uint8, device=device))
+            num_bytes -= size
+        jax.block_until_ready(pieces)
+        yield
+    finally:
+        for piece in pieces:
+            piece.delete()
 
 
 def pages_that_fit(total: int, peak: int, small_pool: int, page_bytes: int, fraction: float) -> int:

@@ -163,14 +163,16 @@ class Scheduler:
         assert pages is not None and sequence.num_pending == 0
         prompt = sequence.num_prompt
         shares = parent is not None and parent.status is Status.RUNNING and parent.num_computed >= prompt
-        if shares and sequence.num_new == 0 and sequence.params.prompt_logprobs is None:
+        scored = sequence.params.prompt_logprobs is not None  # which takes every token's hidden state
+        shares = shares and sequence.num_new == 0 and not scored
+        searches = not shares and not scored and self.allocator.reuse
+        found = 0
+        if shares:
             assert parent is not None and parent.pages is not None
             pages.share(parent.pages, prompt)
             found = prompt - 1  # the last token is computed again, for logits of its own
-        elif sequence.params.prompt_logprobs is None:
+        elif searches:
             found = pages.find(sequence.known)
-        else:
-            found = 0
         sequence.num_computed = found
         count = min(sequence.num_tokens - found, step.budget)
         missing = pages.pages_missing(sequence.num_tokens)
@@ -179,6 +181,8 @@ class Scheduler:
             pages.release()
             sequence.num_computed = 0
             return False
+        if searches:
+            pages.count_reuse(sequence.known)
         self.waiting.remove(sequence)
         bisect.insort(self.running, sequence, key=_order)
         sequence.status, sequence.slot = Status.RUNNING, self._slots.pop()

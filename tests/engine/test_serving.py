@@ -71,7 +71,7 @@ def test_requests_that_come_and_go_give_the_tokens_that_each_gives_alone(model, 
 
 def test_segments_give_the_same_tokens(model, alone):
     requests = random_requests(8, 40, seed=3)
-    with small_llm(model, pages=FEW, enabled="always") as llm:
+    with small_llm(model, pages=FEW, enabled="always", warm_up=True) as llm:
         outputs = llm.generate(*map(list, zip(*requests, strict=True)))
         steps = llm.stats().steps
     assert steps["prefill, segmented"] > 0 and steps["decode, whole"] > 0
