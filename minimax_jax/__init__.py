@@ -5,18 +5,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["GenerationConfig", "MiniMaxM3Config", "MiniMaxM3ForCausalLM", "Tokenizer", "__version__"]
+__all__ = [
+    "LLM",
+    "GenerationConfig",
+    "MiniMaxM3Config",
+    "MiniMaxM3ForCausalLM",
+    "SamplingParams",
+    "Tokenizer",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from minimax_jax.causal_lm import MiniMaxM3ForCausalLM
     from minimax_jax.config import MiniMaxM3Config
-    from minimax_jax.engine import GenerationConfig
+    from minimax_jax.engine import GenerationConfig, SamplingParams
+    from minimax_jax.llm import LLM
     from minimax_jax.tokenizer import Tokenizer
 
 _HOMES = {
     "GenerationConfig": "minimax_jax.engine",
+    "LLM": "minimax_jax.llm",
     "MiniMaxM3Config": "minimax_jax.config",
     "MiniMaxM3ForCausalLM": "minimax_jax.causal_lm",
+    "SamplingParams": "minimax_jax.engine",
     "Tokenizer": "minimax_jax.tokenizer",
 }
 

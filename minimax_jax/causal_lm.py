@@ -185,6 +185,16 @@ class MiniMaxM3ForCausalLM:
         _, shapes = split_model(abstract_model(self.config, self.dtype))
         return sum(shape.size for shape in shapes.values())
 
+    @property
+    def steps(self) -> Steps:
+        """The compiled steps, for engines that run them."""
+        return self._steps
+
+    @property
+    def leaves(self) -> list[jax.Array]:
+        """The weights, in the order in which `steps` takes them."""
+        return self._leaves
+
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer.

@@ -156,7 +156,7 @@ class ThinkingParser:
             return "", self._take(len(self._held))
         at = self._held.find(THINK_CLOSE)
         if at < 0:
-            return self._take(len(self._held) - _marker_tail(self._held)), ""
+            return self._take(len(self._held) - marker_tail(self._held, THINK_CLOSE)), ""
         reasoning = self._take(at)
         self._take(len(THINK_CLOSE))
         self.in_reasoning = False
@@ -196,9 +196,9 @@ def _start(thinking_mode: str | None) -> tuple[bool, dict[str, bool]]:
     return False, {THINK_OPEN: True, THINK_CLOSE: False}
 
 
-def _marker_tail(text: str) -> int:
-    """Length of the longest end of `text` that begins `</mm:think>`."""
-    return next((n for n in range(len(THINK_CLOSE) - 1, 0, -1) if text.endswith(THINK_CLOSE[:n])), 0)
+def marker_tail(text: str, marker: str) -> int:
+    """Length of the longest end of `text` that begins `marker`, without being all of it."""
+    return next((n for n in range(min(len(marker) - 1, len(text)), 0, -1) if text.endswith(marker[:n])), 0)
 
 
 def _check(valid: bool, error: str) -> None:

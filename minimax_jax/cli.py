@@ -9,19 +9,15 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
 
+from minimax_jax.cli_arguments import EXIT_CODES, Paragraphs, integer, number
+from minimax_jax.cli_bench import add_bench
+
 OK, PROBLEMS, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 _SHOWN_PROBLEMS = 3  # of a checkpoint that does not load; `inspect` lists them all
-
-_EXIT_CODES = """\
-exit codes:
-  0    done
-  1    inspect: the checkpoint has problems
-  2    bad usage or bad input; one line on standard error says what
-  130  interrupted with Ctrl-C"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,14 +41,15 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands; it raises `ValueError` for bad usage."""
     parser = _Parser(
         prog="minimax-jax",
-        description="MiniMax-M3 in JAX: generate text, look into checkpoints.",
-        epilog=_EXIT_CODES,
+        description="MiniMax-M3 in JAX: generate text, measure, look into checkpoints.",
+        epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_generate(commands)
+    add_bench(commands)
     _add_inspect(commands)
     return parser
 
@@ -93,8 +90,8 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
             "written in a prompt become their ids. One line break at the end of a file or of standard input is "
             "not part of the prompt."
         ),
-        epilog=_EXIT_CODES,
-        formatter_class=_Paragraphs,
+        epilog=EXIT_CODES,
+        formatter_class=Paragraphs,
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -111,31 +108,31 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     )
     add(
         "--max-new-tokens",
-        type=_integer(1),
+        type=integer(1),
         metavar="N",
         help="stop after so many (default: the checkpoint's generation_config.json, else 256, or what room there is)",
     )
     add(
         "--temperature",
-        type=_number("a number >= 0 (0 is greedy)", lambda value: 0 <= value < math.inf),
+        type=number("a number >= 0 (0 is greedy)", lambda value: 0 <= value < math.inf),
         metavar="T",
         help="sampling temperature, 0 for greedy (default: generation_config.json; greedy if that names none)",
     )
     add(
         "--top-p",
-        type=_number("a number in (0, 1]", lambda value: 0 < value <= 1),
+        type=number("a number in (0, 1]", lambda value: 0 < value <= 1),
         metavar="P",
         help="sample from the likeliest tokens that make up P of the probability (default: generation_config.json, "
         "else 1, which is all); turns sampling on unless --temperature 0",
     )
     add(
         "--top-k",
-        type=_integer(0),
+        type=integer(0),
         metavar="K",
         help="sample from the K likeliest tokens, 0 for all (default: generation_config.json, else 0); "
         "turns sampling on unless --temperature 0",
     )
-    add("--seed", type=_integer(0, 2**32 - 1), default=0, metavar="N", help="of the random draws (default: 0)")
+    add("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help="of the random draws (default: 0)")
     add(
         "--dtype",
         choices=("auto", "bfloat16", "float32"),
@@ -163,8 +160,8 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
             "tensor parallelism (TP), cache bytes per token, and every tensor or file that is missing, unexpected or "
             "broken."
         ),
-        epilog=_EXIT_CODES,
-        formatter_class=_Paragraphs,
+        epilog=EXIT_CODES,
+        formatter_class=Paragraphs,
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -178,47 +175,6 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables (default: off)")
     parser.set_defaults(run=_inspect)
-
-
-class _Paragraphs(argparse.RawDescriptionHelpFormatter):
-    """Wraps each paragraph of a description; epilogues stay as they are."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        if text == _EXIT_CODES:
-            return super()._fill_text(text, width, indent)
-        fill = super(argparse.RawDescriptionHelpFormatter, self)._fill_text
-        return "\n\n".join(fill(paragraph, width, indent) for paragraph in text.split("\n\n"))
-
-
-def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
-    """An argument type: integers in a range."""
-    allowed = f"an integer >= {least}" if most is None else f"an integer within {least}..{most}"
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least or (most is not None and value > most):
-            raise argparse.ArgumentTypeError(f"must be {allowed}, got {text!r}")
-        return value
-
-    return parse
-
-
-def _number(allowed: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
-    """An argument type: numbers for which `holds`, which `allowed` puts in words."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not holds(value):
-            raise argparse.ArgumentTypeError(f"must be {allowed}, got {text!r}")
-        return value
-
-    return parse
 
 
 def _generate(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from minimax_jax.chat import THINK_CLOSE, THINK_OPEN, ThinkingParser, split_thinking
 from minimax_jax.config import MiniMaxM3Config
+from minimax_jax.engine.prompts import document_ids
 from minimax_jax.paths import model_directory
 from minimax_jax.tokenizer import TextStream, Tokenizer
 
@@ -66,15 +67,6 @@ def run_generate(args: argparse.Namespace) -> int:
         print(flush=True)
         print(run.statistics(), file=sys.stderr)
     return INTERRUPTED if interrupted else OK
-
-
-def document_ids(tokenizer: Tokenizer, text: str, config: MiniMaxM3Config) -> list[int]:
-    """The text's ids with the document-start token in front, if the tokenizer has one and it is not there yet."""
-    ids = tokenizer.encode(text)
-    start = config.bos_token_id if config.bos_token_id is not None else tokenizer.bos_token_id
-    if start is None or not tokenizer.token_bytes(start, skip_special_tokens=False) or ids[:1] == [start]:
-        return ids
-    return [start, *ids]
 
 
 def chat_ids(tokenizer: Tokenizer, text: str, args: argparse.Namespace) -> list[int]:

@@ -395,14 +395,14 @@ def test_version(capsys):
 
 def test_every_option_has_a_help_text_with_its_default():
     subparsers = build_parser()._subparsers._group_actions[0].choices
-    assert set(subparsers) == {"generate", "inspect"}
+    assert set(subparsers) == {"generate", "bench", "inspect"}
     for parser in subparsers.values():
         for action in parser._actions:
             if action.dest not in ("help", "directory"):
                 assert "(default: " in action.help, action.dest
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["generate", "--help"], ["inspect", "--help"]])
+@pytest.mark.parametrize("argv", [["--help"], ["generate", "--help"], ["bench", "--help"], ["inspect", "--help"]])
 def test_help(capsys, argv):
     assert main(argv) == 0
     text = capsys.readouterr().out

@@ -1,6 +1,17 @@
-"""Page pools for keys, values and index keys."""
+"""Page pools for keys, values and index keys, and who holds which page."""
 
+from minimax_jax.cache.page_allocator import PageAllocator
 from minimax_jax.cache.pages import CachePlacement, PagedCaches, allocate_pages
 from minimax_jax.cache.pool import LentCaches, LentLayer, PagePool
+from minimax_jax.cache.sequence_pages import SequencePages
 
-__all__ = ["CachePlacement", "LentCaches", "LentLayer", "PagePool", "PagedCaches", "allocate_pages"]
+__all__ = [
+    "CachePlacement",
+    "LentCaches",
+    "LentLayer",
+    "PageAllocator",
+    "PagePool",
+    "PagedCaches",
+    "SequencePages",
+    "allocate_pages",
+]

@@ -1,8 +1,12 @@
-"""Two-phase cache sizing: capture over a small pool, measure, then the final pool."""
+"""Two-phase cache sizing: run and capture over a small pool, measure, then the final pool."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -10,6 +14,8 @@ from minimax_jax.cache import PagePool
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.engine.segmented_prefill import SegmentedPrefill
 from minimax_jax.tensor_table import cache_bytes_per_token
+
+_PIECE_BYTES = 1 << 28
 
 
 def sized_pool(
@@ -34,22 +40,79 @@ def sized_pool(
     Raises:
       ValueError: if the device tells no memory and `num_pages` is None, or not even one sequence would fit.
     """
-    device = next(iter(leaves[0].devices()))
-    if num_pages is None and device.memory_stats() is None:
-        raise ValueError("num_pages: must be given, this device does not tell its memory")
-    block_size = config.index_block_size
-    small = -(-steps.layers.buckets[-1] // block_size)
+    small = -(-steps.layers.buckets[-1] // config.index_block_size)
     pool = PagePool(config, small if num_pages is None else min(small, num_pages), dtype, leaves[0].sharding)
-    steps.warm_up(leaves, pool)
-    if num_pages is None:
-        page_bytes = block_size * cache_bytes_per_token(config, itemsize=jax.numpy.dtype(dtype).itemsize)
+    page_bytes = config.index_block_size * cache_bytes_per_token(config, itemsize=jax.numpy.dtype(dtype).itemsize)
+    fill_memory(
+        pool,
+        lambda: steps.warm_up(leaves, pool),
+        next(iter(leaves[0].devices())),
+        page_bytes,
+        num_pages=num_pages,
+        memory_fraction=memory_fraction,
+    )
+    return pool
+
+
+def fill_memory(
+    pool: PagePool,
+    warm_up: Callable[[], None],
+    device: jax.Device,
+    page_bytes: int,
+    *,
+    num_pages: int | None = None,
+    most_pages: int | None = None,
+    memory_fraction: float = 0.9,
+) -> None:
+    """Gives a small pool the size that the device has room for, warmed up before and after.
+
+    Args:
+      warm_up: runs the largest steps over the pool as it is.
+      device: one of those that the pool lies on, all of which hold as much.
+      page_bytes: of one page in all layers, on that device.
+      num_pages, memory_fraction: as in `sized_pool`; most_pages: at most so many, None for no limit.
+
+    Raises:
+      ValueError: as `sized_pool`.
+    """
+    if num_pages is not None:
+        warm_up()
+    else:
+        before = device.memory_stats()
+        if before is None:
+            raise ValueError("num_pages: must be given, this device does not tell its memory")
+        # what ran earlier in this process may have left a peak that hides that of the steps
+        hidden = before["peak_bytes_in_use"] - before["bytes_in_use"]
+        with taken_memory(device, hidden):
+            warm_up()
         memory = device.memory_stats()
         num_pages = pages_that_fit(
-            memory["bytes_limit"], memory["peak_bytes_in_use"], pool.num_pages * page_bytes, page_bytes, memory_fraction
+            memory["bytes_limit"],
+            memory["peak_bytes_in_use"] - hidden,
+            pool.num_pages * page_bytes,
+            page_bytes,
+            memory_fraction,
         )
+        if most_pages is not None:
+            num_pages = min(num_pages, most_pages)
     pool.resize(num_pages, keep=False)
-    steps.warm_up(leaves, pool)
-    return pool
+    warm_up()
+
+
+@contextlib.contextmanager
+def taken_memory(device: jax.Device, num_bytes: int) -> Iterator[None]:
+    """Takes so much of a device's memory meanwhile, in pieces, since free memory need not lie together."""
+    pieces = []
+    try:
+        while num_bytes > 0:
+            size = min(num_bytes, _PIECE_BYTES)
+            pieces.append(jnp.zeros(size, jnp.uint8, device=device))
+            num_bytes -= size
+        jax.block_until_ready(pieces)
+        yield
+    finally:
+        for piece in pieces:
+            piece.delete()
 
 
 def pages_that_fit(total: int, peak: int, small_pool: int, page_bytes: int, fraction: float) -> int:

@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from minimax_jax.config import MiniMaxM3Config
+from minimax_jax.tokenizer import Tokenizer
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
@@ -61,6 +64,15 @@ def read_prompts(input_ids: Any, attention_mask: Any, *, vocab_size: int, max_le
     tokens = [ids[keep].astype(np.int32) for ids, keep in zip(padded, kept, strict=True)]
     int32 = np.iinfo(np.int32)
     return Prompts(tokens, np.clip(padded, int32.min, int32.max).astype(np.int32), kept)
+
+
+def document_ids(tokenizer: Tokenizer, text: str, config: MiniMaxM3Config) -> list[int]:
+    """The text's ids with the document-start token in front, if the tokenizer has one and it is not there yet."""
+    ids = tokenizer.encode(text)
+    start = config.bos_token_id if config.bos_token_id is not None else tokenizer.bos_token_id
+    if start is None or not tokenizer.token_bytes(start, skip_special_tokens=False) or ids[:1] == [start]:
+        return ids
+    return [start, *ids]
 
 
 def _host_array(value: Any) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""The two compiled steps of generation: prefill of flat tokens, and decode of one token a row.
+"""The compiled functions of the engine: layers over paged caches, picking tokens, edits of pages and rows.
 
-Weights go in as flat leaves and are merged into modules inside the trace; caches are donated, so they are
-updated in place.
+Weights go in as flat leaves and are merged into modules inside the trace; caches and row state are donated, so they
+are updated in place.
 """
 
 from __future__ import annotations
@@ -14,42 +14,90 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from minimax_jax.attention import TracedAttend
 from minimax_jax.cache import PagedCaches
 from minimax_jax.config import MiniMaxM3Config
-from minimax_jax.engine.sampler import SamplingState, pick_tokens, sampling_specs
+from minimax_jax.engine.logprobs import TokenLogprobs, token_logprobs
+from minimax_jax.engine.row_state import Adjustments, RowState, adjust_logits, begin_row, record_tokens
+from minimax_jax.engine.sampler import SamplingState, pick_tokens
 from minimax_jax.engine.segmented_prefill import SegmentedPrefill
 from minimax_jax.model import SINGLE_DEVICE, merge_model
 from minimax_jax.parallel import Ranks
+from minimax_jax.recent import RecentJits
 from minimax_kernels import Batch
+
+MAX_PREFILL_TOKENS = 8192  # prompt tokens of one prefill step; longer prompts take several
+BAD_LOGITS = -1  # in the place of a token that could not be chosen, because logits were no numbers
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """What one decode step hands to the next, on the device.
+class StepInputs:
+    """The flat tokens of one step.
 
     Attributes:
-      tokens: [R] the newest token of each row, not yet in the caches.
-      kv_lens: [R] tokens of each row in the caches; 0 marks a row that is only padding.
-      caches: the page pools.
+      tokens: their ids, where `sources` is negative.
+      sources: the slot whose newest token it is, -1 where the host knew it.
+      positions: in their sequences.
+      slots: page * B + offset, -1 for padding.
+      batch: which rows they belong to.
+      last: of each row the flat token whose hidden state decides on the next one.
     """
 
-    tokens: Int[Array, "R"]
-    kv_lens: Int[Array, "R"]
-    caches: PagedCaches
+    tokens: Int[Array, "T"]
+    sources: Int[Array, "T"]
+    positions: Int[Array, "T"]
+    slots: Int[Array, "T"]
+    batch: Batch
+    last: Int[Array, "R"]
 
 
-MAX_PREFILL_TOKENS = 8192  # prompt tokens of one prefill step; longer prompts take several
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PickInputs:
+    """The rows of one step whose next tokens are picked.
+
+    Attributes:
+      positions: where the new token will stand.
+      slots: of the rows; writes: the same for those that choose, S for others.
+      sampling, adjustments: how.
+    """
+
+    positions: Int[Array, "R"]
+    slots: Int[Array, "R"]
+    writes: Int[Array, "R"]
+    sampling: SamplingState
+    adjustments: Adjustments
+
+
+@dataclasses.dataclass(frozen=True)
+class PickFeatures:
+    """What of picking any row needs; static, the rest is left out of the executable.
+
+    Attributes:
+      greedy: all rows take the most likely token.
+      truncated: some cut by top-k, top-p or min-p.
+      penalized: some have penalties.
+      num_logprobs: likeliest tokens to report at most, None to report none.
+    """
+
+    greedy: bool = True
+    truncated: bool = False
+    penalized: bool = False
+    num_logprobs: int | None = None
 
 
 class Steps:
     """Compiled steps of one model. Shapes decide what is compiled; nothing retraces for other values.
 
+    The layers are one executable and picking is another one: what is asked of the sampler changes from batch to batch
+    and must not compile sixty layers again.
+
     Attributes:
-      traces: how often each step was traced, by name; steady generation leaves it unchanged.
+      traces: how often each function was traced, by name; steady serving leaves it unchanged.
+      ranks: what the model is spread over, None for one device.
     """
 
     def __init__(
@@ -60,81 +108,150 @@ class Steps:
           config, graphdef: of the whole model, or with `ranks` of one rank.
           ranks: what the model is spread over. Every rank of a data group gets the group's rows; see `Ranks`.
         """
-        self.traces = {"prefill": 0, "decode": 0}
+        self.traces = {"layers": 0, "pick": 0}
         self.ranks = ranks
         self._comm = SINGLE_DEVICE if ranks is None else ranks.comm
         self._config, self._graphdef, self._names = config, graphdef, names
-        self.prefill = jax.jit(self._prefill, donate_argnums=(1,), static_argnames=("greedy", "truncated"))
-        self.decode = jax.jit(self._decode, donate_argnums=(1,), static_argnames=("greedy", "truncated"))
+        self.layers = jax.jit(self._layers, donate_argnums=(1,))
+        self.score = jax.jit(self._score, static_argnames="num_logprobs")
+        self.edit_pages = jax.jit(self._edit_pages, donate_argnums=(0,))
+        self.begin_row = jax.jit(self._begin_row, donate_argnums=(0,))
+
+        self.pick = jax.jit(self._pick, donate_argnums=(1,), static_argnames="features")
+        self.take = jax.jit(_take)
+        self._exact_takes = RecentJits(lambda: (jax.jit(functools.partial(_take)),))
 
     @functools.cached_property
     def segmented(self) -> SegmentedPrefill:
-        """Prefill and mixed steps as segments; built when first asked for."""
+        """Prompts and mixed steps as segments; built when first asked for."""
         return SegmentedPrefill(self._config, self._graphdef, self._names, max_tokens=MAX_PREFILL_TOKENS)
+
+    def segments(self, buckets: tuple[int, ...]) -> SegmentedPrefill:
+        """The same, for buckets of one's own."""
+        return SegmentedPrefill(self._config, self._graphdef, self._names, max_tokens=buckets[-1], buckets=buckets)
+
+    def take_exact(self, num_tokens: int) -> Callable[[Array, Array], Array]:
+        """`take` for hidden states of a size that may be one of endlessly many; the latest few are kept."""
+        return self._exact_takes.get(num_tokens)[0]
 
     def _model(self, leaves: list[Array]):
         return merge_model(self._graphdef, dict(zip(self._names, leaves, strict=True)))
 
-    def _prefill(
+    def _per_rank(self, fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        return fn if self.ranks is None else self.ranks.per_rank(fn, in_specs, out_specs)
+
+    @property
+    def _weights(self) -> Any:
+        return None if self.ranks is None else self.ranks.weight_specs(self._names)
+
+    @property
+    def _caches(self) -> Any:
+        return None if self.ranks is None else self.ranks.cache_specs
+
+    @property
+    def _rows(self) -> Any:
+        return None if self.ranks is None else self.ranks.rows
+
+    def _layers(
+        self, leaves: list[Array], caches: PagedCaches, last_tokens: Int[Array, "S"], step: StepInputs
+    ) -> tuple[Float[Array, "T H"], Float[Array, "R H"], PagedCaches]:
+        """Runs flat tokens, of prompts and answers alike, through all layers.
+
+        Returns:
+          (hidden states, those of each row's last token, caches)
+        """
+        self.traces["layers"] += 1
+        run = self._per_rank(
+            self._layers_rank,
+            (self._weights, self._caches, self._rows, self._rows),
+            (self._rows, self._rows, self._caches),
+        )
+        return run(leaves, caches, last_tokens, step)
+
+    def _layers_rank(self, leaves, caches, last_tokens, step):
+        model, comm = self._model(leaves), self._comm
+        tokens = jnp.where(step.sources < 0, step.tokens, last_tokens[step.sources])
+        attend = TracedAttend(self._config, caches, step.batch, step.slots)
+        hidden = model.run_layers(model.embed(tokens, comm), step.positions, attend, comm)
+        return hidden, _take(hidden, step.last), attend.caches()
+
+    def _pick(
         self,
         leaves: list[Array],
-        caches: PagedCaches,
-        tokens: Int[Array, "T"],
-        positions: Int[Array, "T"],
-        slots: Int[Array, "T"],
-        batch: Batch,
-        sampling: SamplingState,
+        state: RowState,
+        last: Float[Array, "R H"],
+        rows: PickInputs,
         *,
-        greedy: bool,
-        truncated: bool,
-    ) -> tuple[Int[Array, "R"], PagedCaches]:
-        """Runs a chunk of flat prompt tokens; returns the token after the last one of each request."""
-        self.traces["prefill"] += 1
-        run: Callable[..., Any] = functools.partial(self._prefill_rank, greedy=greedy, truncated=truncated)
-        if (ranks := self.ranks) is not None:
-            given = [ranks.weight_specs(self._names), ranks.cache_specs, *(ranks.rows,) * 4, sampling_specs(ranks.rows)]
-            run = ranks.per_rank(run, tuple(given), (ranks.rows, ranks.cache_specs))
-        return run(leaves, caches, tokens, positions, slots, batch, sampling)
+        features: PickFeatures,
+    ) -> tuple[Int[Array, "R"], TokenLogprobs | None, RowState]:
+        """The next token of each row, `BAD_LOGITS` where there is none to choose, and what was asked about it.
 
-    def _prefill_rank(self, leaves, caches, tokens, positions, slots, batch, sampling, *, greedy, truncated):
+        Args:
+          last: the rows' hidden states, of which the head makes logits.
+        """
+        self.traces["pick"] += 1
+        run = self._per_rank(
+            functools.partial(self._pick_rank, features=features),
+            (self._weights, self._rows, self._rows, self._rows),
+            (self._rows, None if features.num_logprobs is None else self._rows, self._rows),
+        )
+        return run(leaves, state, last, rows)
+
+    def _pick_rank(self, leaves, state, last, rows, *, features):
         model, comm = self._model(leaves), self._comm
-        attend = TracedAttend(self._config, caches, batch, slots)
-        hidden = model.run_layers(model.embed(tokens, comm), positions, attend, comm)
-        last = jnp.maximum(batch.query_starts[1:] - 1, 0)  # the head sees one row a request
-        logits = model.rank_logits(hidden[last])
-        picked = pick_tokens(logits, batch.kv_lens, sampling, greedy=greedy, truncated=truncated, comm=comm)
-        return picked, attend.caches()
+        logits = model.rank_logits(last)
+        bad = ~jnp.isfinite(last).all(axis=-1)  # every rank has these
+        adjusted = features.penalized or rows.adjustments.bias_ids.shape[1] > 0
+        if adjusted or features.num_logprobs is not None:
+            logits, comm = comm.gather_vocab(logits), SINGLE_DEVICE
+        if comm is SINGLE_DEVICE:
+            bad |= ~jnp.isfinite(logits).all(axis=-1)
+        own = logits
+        if adjusted:
+            logits = adjust_logits(logits, state, rows.slots, rows.adjustments, penalized=features.penalized)
+        picked = pick_tokens(
+            logits, rows.positions, rows.sampling, greedy=features.greedy, truncated=features.truncated, comm=comm
+        )
+        logprobs = None if features.num_logprobs is None else token_logprobs(own, picked, features.num_logprobs)
+        state = record_tokens(state, rows.writes, picked, counted=features.penalized)
+        return jnp.where(bad, BAD_LOGITS, picked), logprobs, state
 
-    def _decode(
+    def _score(
         self,
         leaves: list[Array],
-        state: DecodeState,
-        block_tables: Int[Array, "R N"],
-        sampling: SamplingState,
+        hidden: Float[Array, "T H"],
+        rows: Int[Array, "R"],
+        tokens: Int[Array, "R"],
         *,
-        greedy: bool,
-        truncated: bool,
-    ) -> DecodeState:
-        """One token for every row; live rows are the first ones."""
-        self.traces["decode"] += 1
-        run: Callable[..., Any] = functools.partial(self._decode_rank, greedy=greedy, truncated=truncated)
-        if (ranks := self.ranks) is not None:
-            rows: Any = ranks.rows
-            states = DecodeState(rows, rows, ranks.cache_specs)
-            run = ranks.per_rank(run, (ranks.weight_specs(self._names), states, rows, sampling_specs(rows)), states)
-        return run(leaves, state, block_tables, sampling)
+        num_logprobs: int,
+    ) -> TokenLogprobs:
+        """Log probabilities of given tokens after some of the flat tokens."""
 
-    def _decode_rank(self, leaves, state, block_tables, sampling, *, greedy, truncated):
-        model, comm = self._model(leaves), self._comm
-        live = state.kv_lens > 0
-        positions = state.kv_lens
-        block_size = self._config.index_block_size
-        pages = jnp.take_along_axis(block_tables, (positions // block_size)[:, None], axis=1)[:, 0]
-        slots = jnp.where(live, pages * block_size + positions % block_size, -1)
-        kv_lens = jnp.where(live, state.kv_lens + 1, 0)
-        query_starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(live, dtype=jnp.int32)])
-        attend = TracedAttend(self._config, state.caches, Batch(block_tables, query_starts, kv_lens), slots)
-        hidden = model.run_layers(model.embed(state.tokens, comm), positions, attend, comm)
-        logits = model.rank_logits(hidden)
-        picked = pick_tokens(logits, kv_lens, sampling, greedy=greedy, truncated=truncated, comm=comm)
-        return DecodeState(picked, kv_lens, attend.caches())
+        def run(leaves, hidden, rows, tokens):
+            logits = self._comm.gather_vocab(self._model(leaves).rank_logits(hidden[rows]))
+            return token_logprobs(logits, tokens, num_logprobs)
+
+        specs = (self._weights, self._rows, self._rows, self._rows)
+        return self._per_rank(run, specs, self._rows)(leaves, hidden, rows, tokens)
+
+    def _edit_pages(self, caches: PagedCaches, sources: Int[Array, "E"], targets: Int[Array, "E"]) -> PagedCaches:
+        """Copies pages in every layer; a source of -1 clears its target, a target of P or more is none."""
+
+        def edit(pool: Array, sources: Array, targets: Array) -> Array:
+            clear = (sources < 0).reshape(-1, *(1,) * (pool.ndim - 1))
+            values = jnp.where(clear, 0, pool[jnp.maximum(sources, 0)])
+            return pool.at[targets].set(values.astype(pool.dtype), mode="drop")
+
+        def run(caches, sources, targets):
+            return jax.tree.map(lambda pool: edit(pool, sources, targets), caches)
+
+        return self._per_rank(run, (self._caches, self._rows, self._rows), self._caches)(caches, sources, targets)
+
+    def _begin_row(
+        self, state: RowState, slot: Int[Array, "1"], prompt: Int[Array, "L"], output: Int[Array, "M"]
+    ) -> RowState:
+        return self._per_rank(begin_row, (self._rows,) * 4, self._rows)(state, slot, prompt, output)
+
+
+def _take(hidden: Float[Array, "T H"], last: Int[Array, "R"]) -> Float[Array, "R H"]:
+    return hidden[last]

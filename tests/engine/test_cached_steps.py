@@ -8,9 +8,8 @@ from small_models import random_prompt, small_model
 
 from minimax_jax.attention import TracedAttend
 from minimax_jax.cache import allocate_pages
-from minimax_jax.engine.generation import block_tables, generate_tokens, prefill_chunks
-from minimax_jax.engine.sampler import sampling_state
-from minimax_jax.engine.steps import DecodeState
+from minimax_jax.engine.generation import generate_tokens
+from minimax_jax.engine.steps import StepInputs
 from minimax_jax.model import merge_model, split_model
 from minimax_jax.tensor_table import cache_bytes_per_token
 from minimax_kernels import Batch
@@ -91,40 +90,30 @@ def test_chunked_prefill_equals_prefill_in_one_step(model, most):
     assert tokens(most) == tokens(8192)
 
 
-def test_requests_own_their_pages_and_no_more():
-    tables = block_tables([3, 1, 2], 4)
-    owned = [tables[0, :3], tables[1, :1], tables[2, :2]]
-    assert np.concatenate(owned).tolist() == list(range(6))
-    assert tables.shape == (4, 4) and tables.max() == 5
-
-
-def test_prefill_chunks_cover_every_token_once():
-    for most in (1, 4, 9, 100):
-        seen = [[] for _ in range(4)]
-        for chunk in prefill_chunks([5, 1, 12, 9], most):
-            assert 0 < chunk.num_tokens <= most
-            for request, start, end in chunk.parts:
-                seen[request].extend(range(start, end))
-        assert seen == [list(range(n)) for n in (5, 1, 12, 9)]
-
-
 def test_nothing_is_retraced_for_other_values():
     model = small_model(seed=3)
     model.generate([random_prompt(20)], max_new_tokens=30, do_sample=True, temperature=0.7, top_k=5)
     before = dict(model._steps.traces)
-    assert before == {"prefill": 1, "decode": 1}
+    assert before == {"layers": 2, "pick": 1}  # prompts and decoding are two shapes
     model.generate([random_prompt(23, seed=1)], max_new_tokens=29, do_sample=True, temperature=1.3, top_k=9, seed=4)
     assert model._steps.traces == before
 
 
+def decode_inputs(config, kv_lens, tables):
+    """One token for each row that has a context, which lies on its pages; others are padding."""
+    kv_lens, tables, rows = np.array(kv_lens), np.array(tables), np.arange(len(kv_lens))
+    place, block = np.maximum(kv_lens - 1, 0), config.index_block_size
+    slots = np.where(kv_lens > 0, tables[rows, place // block] * block + place % block, -1)
+    starts = np.concatenate([[0], np.cumsum(kv_lens > 0)])
+    arrays = (0 * rows, 0 * rows - 1, place, slots, tables, starts, kv_lens)
+    tokens, sources, positions, slots, *batch = (jnp.asarray(array, jnp.int32) for array in arrays)
+    return StepInputs(tokens, sources, positions, slots, Batch(*batch), tokens)
+
+
 def test_caches_are_donated(model):
-    config = model.config
-    caches = allocate_pages(config, 4, jnp.float32)
-    state = DecodeState(jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.int32), caches)
-    tables = jnp.arange(4, dtype=jnp.int32)[None]
-    model._steps.decode(
-        model._leaves, state, tables, sampling_state(0, 1, 1.0, 1.0, 0, 96), greedy=True, truncated=False
-    )
+    caches = allocate_pages(model.config, 4, jnp.float32)
+    step = decode_inputs(model.config, [2], [[0, 1, 2, 3]])
+    model._steps.layers(model._leaves, caches, jnp.zeros(1, jnp.int32), step)
     assert all(pool.is_deleted() for pool in jax.tree.leaves(caches))
 
 
@@ -132,13 +121,9 @@ def test_rows_of_padding_write_nothing(model):
     """A step with one live row of four leaves every page alone but the live row's."""
     config = model.config
     poison = jax.tree.map(lambda pool: jnp.full_like(pool, 7.0), allocate_pages(config, 8, jnp.float32))
-    state = DecodeState(jnp.zeros(4, jnp.int32), jnp.array([3, 0, 0, 0], jnp.int32), poison)
-    tables = jnp.arange(8, dtype=jnp.int32).reshape(4, 2)
-    after = model._steps.decode(
-        model._leaves, state, tables, sampling_state(0, 4, 1.0, 1.0, 0, 96), greedy=True, truncated=False
-    )
-    assert after.kv_lens.tolist() == [4, 0, 0, 0]
-    for pool in after.caches.k:
+    step = decode_inputs(config, [4, 0, 0, 0], np.arange(8).reshape(4, 2))
+    _, _, after = model._steps.layers(model._leaves, poison, jnp.zeros(4, jnp.int32), step)
+    for pool in after.k:
         changed = np.argwhere(np.asarray(pool) != 7.0)
         assert set(changed[:, 0]) == {0} and set(changed[:, 2]) == {3}
 

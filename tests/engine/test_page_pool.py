@@ -67,12 +67,11 @@ def test_a_resize_waits_until_a_layer_is_stored(model, monkeypatch):
     check_intact(pool, 7, threads)
 
 
-@pytest.mark.parametrize("name", ["prefill", "decode"])
-def test_a_resize_waits_for_whole_steps(model, monkeypatch, name):
+def test_a_resize_waits_for_whole_steps(model, monkeypatch):
     pool = PagePool(model.config, 4, jnp.float32)
     expected = [row.tolist() for row in generating(model, pool)]
-    slow, threads = resizing_inside(pool, getattr(model._steps, name))
-    monkeypatch.setattr(model._steps, name, slow)
+    slow, threads = resizing_inside(pool, model._steps.layers)
+    monkeypatch.setattr(model._steps, "layers", slow)
     assert [row.tolist() for row in generating(model, pool)] == expected
     check_intact(pool, 7, threads)
 

@@ -1,5 +1,6 @@
 """Prefill and mixed steps through segments: equal to whole steps, bounded, invalidated, shared."""
 
+import contextlib
 import gc
 import time
 
@@ -22,6 +23,7 @@ from minimax_jax import MiniMaxM3ForCausalLM
 from minimax_jax.attention import BoundaryAttend, PagedAttention
 from minimax_jax.buckets import buckets_up_to
 from minimax_jax.cache import PagePool
+from minimax_jax.engine import cache_sizing
 from minimax_jax.engine.cache_sizing import pages_that_fit, sized_pool
 from minimax_jax.engine.generation import generate_tokens
 from minimax_jax.model import merge_model
@@ -249,6 +251,35 @@ def test_pages_fill_the_memory_that_is_left():
         pages_that_fit(total=1000, peak=960, small_pool=100, page_bytes=50, fraction=0.9)
     with pytest.raises(ValueError, match=r"memory_fraction = 1.5: must be within \(0, 1\]"):
         pages_that_fit(total=1000, peak=960, small_pool=100, page_bytes=50, fraction=1.5)
+
+
+class PretendedMemory:
+    """A device whose earlier work left a peak of 600 bytes; steps need 150 beside what is in use."""
+
+    def __init__(self):
+        self.in_use, self.peak = 200, 600
+
+    def memory_stats(self):
+        return {"bytes_limit": 1000, "bytes_in_use": self.in_use, "peak_bytes_in_use": self.peak}
+
+    @contextlib.contextmanager
+    def take(self, _, count):
+        self.in_use += count
+        yield
+        self.in_use -= count
+
+    def warm_up(self):
+        self.peak = max(self.peak, self.in_use + 150)
+
+
+def test_an_earlier_peak_does_not_make_the_pool_smaller(monkeypatch):
+    device = PretendedMemory()
+    monkeypatch.setattr(cache_sizing, "taken_memory", device.take)
+    pool = PagePool(small_config(), 2, jnp.float32)  # 100 of the 200 bytes in use
+    cache_sizing.fill_memory(pool, device.warm_up, device, page_bytes=50, memory_fraction=0.9)
+    assert pool.num_pages == 13  # 900 - 100 - 150 bytes
+    with cache_sizing.taken_memory(jax.devices()[0], 1000):
+        pass
 
 
 def test_two_hundred_resizes_leak_nothing(model):

@@ -4,6 +4,7 @@ import collections
 import math
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from parallel_models import VOCAB, four_head_config, name_of
 
 from minimax_jax import MiniMaxM3ForCausalLM
 from minimax_jax.cache import PagePool
-from minimax_jax.engine.sampler import sampling_specs, sampling_state
-from minimax_jax.engine.steps import DecodeState
+from minimax_jax.engine.row_state import Adjustments, empty_rows
+from minimax_jax.engine.sampler import sampling_state
+from minimax_jax.engine.steps import PickFeatures, PickInputs, StepInputs
 from minimax_jax.parallel import ParallelConfig
+from minimax_kernels import Batch
 
 ROWS, HIDDEN, PER_TOKEN = 2, 64, 2
 COLLECTIVE = re.compile(
@@ -22,7 +25,7 @@ COLLECTIVE = re.compile(
 
 
 def compiled_decode(sizes, layers):
-    """The optimised HLO of a greedy decode step of sparse layers with experts."""
+    """The optimised HLO of a greedy decode step of sparse layers with experts: layers, then picking."""
     config = four_head_config(
         num_hidden_layers=layers, layer_types=("minimax_m3_sparse",) * layers, mlp_layer_types=("sparse",) * layers
     )
@@ -30,15 +33,18 @@ def compiled_decode(sizes, layers):
     ranks = model.ranks
     pool = PagePool(config, 64, jnp.float32, ranks.cache_placement)
     rows = ROWS * ranks.groups
-    step = [np.zeros(rows, np.int32), np.full(rows, 3, np.int32), np.zeros((rows, 4), np.int32)]
-    tokens, lengths, tables = ranks.place(step, [ranks.rows] * 3)
-    sampling = ranks.place(sampling_state(0, rows, 1.0, 1.0, 0, VOCAB), sampling_specs(ranks.rows))
-    state = DecodeState(tokens, lengths, pool.caches)
-    return (
-        model._steps.decode.lower(model._leaves, state, tables, sampling, greedy=True, truncated=False)
-        .compile()
-        .as_text()
-    )
+    ids, ones = np.zeros(rows, np.int32), np.ones(rows, np.float32)
+    starts = np.tile(np.arange(ROWS + 1, dtype=np.int32), ranks.groups)
+    batch = Batch(np.zeros((rows, 4), np.int32), starts, ids + 3)
+    changes = Adjustments(ones, ones, ones, np.zeros((rows, 0), np.int32), np.zeros((rows, 0), np.float32))
+    picking = PickInputs(ids, ids, ids, sampling_state(0, rows, 0.0, 1.0, 0, VOCAB), changes)
+    given = (StepInputs(ids, ids - 1, ids + 2, ids, batch, ids), picking, empty_rows(rows, VOCAB))
+    step, picking, state = ranks.place(given, jax.tree.map(lambda _: ranks.rows, given))
+    steps, leaves = model._steps, model._leaves
+    layers = steps.layers.lower(leaves, pool.caches, state.last_tokens, step).compile()
+    hidden = jax.ShapeDtypeStruct((rows, HIDDEN), jnp.float32, sharding=layers.output_shardings[0])
+    pick = steps.pick.lower(leaves, state, hidden, picking, features=PickFeatures()).compile()
+    return layers.as_text() + pick.as_text()
 
 
 def collectives(text):

@@ -22,6 +22,7 @@ def sparse_attention(
 ) -> Float[Array, "T Hq D"]:
     """See `minimax_kernels.sparse_attention`."""
     num_tokens, num_heads, head_dim = q.shape
+    selected = selected[..., : batch.num_blocks]  # valid ids come first, so the rest are -1
     num_selections, num_kv_heads, block_size = selected.shape[0], k_cache.shape[1], k_cache.shape[2]
     kv_head = jnp.arange(num_selections) * num_kv_heads // num_selections
     tables = jnp.maximum(batch.block_tables, 0)

@@ -1,0 +1,65 @@
+"""What the arguments of all subcommands share: types, the layout of help, exit codes. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    inspect: the checkpoint has problems
+  2    bad usage or bad input; one line on standard error says what
+  130  interrupted with Ctrl-C"""
+
+
+class Paragraphs(argparse.RawDescriptionHelpFormatter):
+    """Wraps each paragraph of a description; epilogues stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text == EXIT_CODES:
+            return super()._fill_text(text, width, indent)
+        fill = super(argparse.RawDescriptionHelpFormatter, self)._fill_text
+        return "\n\n".join(fill(paragraph, width, indent) for paragraph in text.split("\n\n"))
+
+
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """An argument type: integers in a range."""
+    allowed = f"an integer >= {least}" if most is None else f"an integer within {least}..{most}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"must be {allowed}, got {text!r}")
+        return value
+
+    return parse
+
+
+def number(allowed: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+    """An argument type: numbers for which `holds`, which `allowed` puts in words."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"must be {allowed}, got {text!r}")
+        return value
+
+    return parse
+
+
+def integers(least: int) -> Callable[[str], tuple[int, ...]]:
+    """An argument type: integers with commas between them."""
+    each = integer(least)
+
+    def parse(text: str) -> tuple[int, ...]:
+        return tuple(each(part) for part in text.split(","))
+
+    return parse

@@ -1,0 +1,127 @@
+"""Puts an engine together: shapes, pool, schedulers, loop."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from jaxtyping import Array
+
+from minimax_jax.buckets import buckets_up_to
+from minimax_jax.cache import PageAllocator, PagePool
+from minimax_jax.config import MiniMaxM3Config
+from minimax_jax.engine.cache_sizing import fill_memory
+from minimax_jax.engine.core import EngineCore
+from minimax_jax.engine.engine_config import CacheConfig, DecodeConfig, SegmentConfig
+from minimax_jax.engine.scheduler import Scheduler
+from minimax_jax.engine.segmented_prefill import LEAST_BUCKET
+from minimax_jax.engine.step_runner import RunnerConfig, StepRunner
+from minimax_jax.engine.steps import Steps
+from minimax_jax.tensor_table import cache_bytes_per_token
+
+_CPU_CACHE_BYTES = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the engine takes at once.
+
+    Attributes:
+      max_batch_size: sequences that run, on each data rank.
+      max_num_tokens: of one step, on each data rank.
+      max_seq_len: of prompt and answer together.
+    """
+
+    max_batch_size: int
+    max_num_tokens: int
+    max_seq_len: int
+
+
+def build_core(
+    steps: Steps,
+    leaves: list[Array],
+    config: MiniMaxM3Config,
+    limits: Limits,
+    cache: CacheConfig,
+    segment: SegmentConfig,
+    decode: DecodeConfig,
+    *,
+    dtype: str,
+    end_ids: tuple[int, ...],
+    warm_up: bool,
+) -> EngineCore:
+    """An engine over a pool of the size that `cache` asks for.
+
+    Args:
+      dtype: of the caches, by name.
+      end_ids: end-of-text tokens.
+      warm_up: whether the largest steps run before the first request; they always do where memory is measured.
+
+    Raises:
+      ValueError: for settings that do not fit the model or the device.
+    """
+    page_size = config.index_block_size
+    if cache.page_size != page_size:
+        raise ValueError(f"cache_config: page_size = {cache.page_size}: must be {page_size}, the model's sparse block")
+    buckets = segment.buckets or buckets_up_to(limits.max_num_tokens, LEAST_BUCKET)
+    if buckets[-1] < limits.max_num_tokens:
+        raise ValueError(
+            f"segment_config: buckets end at {buckets[-1]}: must reach max_num_tokens = {limits.max_num_tokens}"
+        )
+    device = next(iter(leaves[0].devices()))
+    itemsize = jax.numpy.dtype(dtype).itemsize
+    local = config if steps.ranks is None else steps.ranks.layout.local_config
+    page_bytes = page_size * cache_bytes_per_token(local, itemsize=itemsize)
+    most = None if cache.max_tokens is None else max(1, cache.max_tokens // page_size)
+    measured = device.memory_stats() is not None
+    width = -(-limits.max_seq_len // page_size)
+    if not measured and most is None:
+        most = max(1, min(limits.max_batch_size * width, _CPU_CACHE_BYTES // page_bytes))
+    place = leaves[0].sharding if steps.ranks is None else steps.ranks.cache_placement
+    small = limits.max_batch_size if most is None else min(most, limits.max_batch_size)
+    pool = PagePool(config, small, dtype, place)
+    runner = StepRunner(
+        steps,
+        leaves,
+        config,
+        pool,
+        RunnerConfig(
+            limits.max_batch_size,
+            segment.execution,
+            batch_sizes=decode.batch_sizes or buckets_up_to(limits.max_batch_size),
+            pad_batches=decode.enable_padding,
+            token_buckets=buckets,
+            page_buckets=decode.page_buckets,
+        ),
+        end_ids=end_ids,
+        max_pages=width,
+        segmented=steps.segments(buckets) if steps.ranks is None else None,
+    )
+
+    def run_largest() -> None:
+        rows, pages = runner.config.rows(limits.max_batch_size), runner.config.pages(width)
+        runner.warm_up("prefill", runner.config.tokens(limits.max_num_tokens), rows, pages)
+        runner.warm_up("decode", rows, rows, pages)
+
+    if measured or warm_up:
+        fill_memory(
+            pool,
+            run_largest,
+            device,
+            page_bytes,
+            num_pages=None if measured else most,
+            most_pages=most,
+            memory_fraction=cache.free_memory_fraction,
+        )
+    elif most is not None and most != pool.num_pages:
+        pool.resize(most, keep=False)
+    schedulers = [
+        Scheduler(
+            PageAllocator(pool.num_pages, reuse=cache.enable_reuse),
+            page_size=page_size,
+            max_batch_size=limits.max_batch_size,
+            max_num_tokens=limits.max_num_tokens,
+        )
+        for _ in range(1 if steps.ranks is None else steps.ranks.groups)
+    ]
+    return EngineCore(runner, schedulers, end_ids=end_ids)

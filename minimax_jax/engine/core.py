@@ -1,0 +1,211 @@
+"""The engine's loop: plan the next step while the last one runs, launch it, then read the last one's tokens."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence as Rows
+from typing import Any
+
+import jax
+import numpy as np
+
+from minimax_jax.engine.errors import DeviceStepError, NonFiniteLogitsError
+from minimax_jax.engine.scheduler import PlannedRow, Scheduler, StepPlan
+from minimax_jax.engine.sequence import Sequence, Status
+from minimax_jax.engine.step_runner import LaunchedStep, StepRunner
+from minimax_jax.engine.steps import BAD_LOGITS
+
+
+@dataclasses.dataclass
+class CoreCounts:
+    """What the loop did so far.
+
+    Attributes:
+      steps: by (kind, execution).
+      prompt_tokens, new_tokens: computed, and chosen and read.
+      failed_steps: that the device refused.
+    """
+
+    steps: collections.Counter[tuple[str, str]] = dataclasses.field(default_factory=collections.Counter)
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    failed_steps: int = 0
+
+
+class EngineCore:
+    """Runs sequences to their ends, one step a call. One thread at a time; nothing runs between the calls.
+
+    Attributes:
+      runner: the device's side; schedulers: one a data rank.
+      counts: what was done.
+    """
+
+    def __init__(self, runner: StepRunner, schedulers: Rows[Scheduler], *, end_ids: Rows[int] = ()):
+        """
+        Args:
+          end_ids: end-of-text tokens.
+        """
+        self.runner, self.schedulers = runner, list(schedulers)
+        self.counts = CoreCounts()
+        self._end_ids = frozenset(end_ids)
+        self._inflight: LaunchedStep | None = None
+        self._intact = True  # whether the device still had everything when a step was read last
+        self._children: dict[Sequence, list[Sequence]] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+        return self._inflight is not None or any(s.running or s.waiting for s in self.schedulers)
+
+    def add(self, sequence: Sequence, *, group: int | None = None) -> None:
+        """Takes a sequence in. A child starts once its parent's prompt is computed, whose pages it then shares.
+
+        Args:
+          group: the data rank; None for the one with the fewest sequences.
+        """
+        parent = sequence.parent
+        if parent is not None and not parent.finished and parent.num_new == 0:
+            self._children.setdefault(parent, []).append(sequence)
+            return
+        if parent is not None:
+            group = parent.group
+        loads = [len(s.running) + len(s.waiting) for s in self.schedulers]
+        sequence.group = int(np.argmin(loads)) if group is None else group
+        self.schedulers[sequence.group].add(sequence)
+
+    def abort(self, sequence: Sequence) -> None:
+        """Ends a sequence; its pages are free at once, and a step that computes it goes unread."""
+        if not sequence.finished:
+            self._end(sequence, "abort")
+
+    def step(self) -> list[Sequence]:
+        """Launches the next step and reads the one before; returns the sequences that got a token or ended."""
+        touched: list[Sequence] = []
+        plans = [scheduler.schedule() for scheduler in self.schedulers]
+        if self._inflight is not None and any(p.rows for p in plans) and self.runner.needs_known_tokens(plans):
+            touched += self._read()
+            plans = [plan.unfinished() for plan in plans]
+        launched: LaunchedStep | None = None
+        if any(plan.rows for plan in plans):
+            try:
+                launched = self.runner.launch(plans)
+            except jax.errors.JaxRuntimeError as error:
+                touched += self._read()
+                return touched + (self._start_over(plans, error) if self._intact else [])
+            self._count(launched)
+        touched += self._read()
+        self._inflight = launched if self._intact else None
+        return touched
+
+    def _count(self, step: LaunchedStep) -> None:
+        self.counts.steps[step.kind, step.how] += 1
+        if step.kind == "prefill":
+            rows = (row for plan in step.plans for row in plan.rows)
+            self.counts.prompt_tokens += sum(row.count for row in rows if row.start < row.sequence.num_prompt)
+
+    def _read(self) -> list[Sequence]:
+        """Takes in the tokens of the step in flight, waiting for them."""
+        step, self._inflight, self._intact = self._inflight, None, True
+        if step is None:
+            return []
+        try:
+            tokens, logprobs = self.runner.fetch(step)
+            for scores in step.prompt_scores:
+                self._keep_scores(scores.sequence, scores.first, scores.count, self.runner.fetch_scores(scores))
+        except jax.errors.JaxRuntimeError as error:
+            self._intact = False
+            return self._start_over(step.plans, error)
+        touched: list[Sequence] = []
+        wrong: list[list[int]] = [[] for _ in self.schedulers]
+        for group, plan in enumerate(step.plans):
+            for number, row in enumerate(plan.rows):
+                sequence, token = row.sequence, int(tokens[group, number])
+                if sequence.finished:
+                    continue
+                if token == BAD_LOGITS:
+                    sequence.error = NonFiniteLogitsError(row.start + row.count - 1)
+                    wrong[group] += self._end(sequence, "error", discard=True)
+                    touched.append(sequence)
+                    continue
+                at = (group, number)
+                own = None if logprobs is None else jax.tree.map(lambda x, at=at: x[at], logprobs)
+                if self._take(row, token, own):
+                    touched.append(sequence)
+        self.runner.clear_pages(wrong)
+        return touched
+
+    def _take(self, row: PlannedRow, token: int, logprobs: Any) -> bool:
+        """One row's result; False if it only computed a part of a prompt."""
+        sequence = row.sequence
+        if row.chooses:
+            sequence.append(token)
+            self.counts.new_tokens += 1
+            if sequence.params.logprobs is not None:
+                sequence.logprobs.append(logprobs)
+        if sequence.status is Status.RUNNING:
+            assert sequence.pages is not None
+            sequence.pages.register(sequence.known[: min(row.start + row.count, sequence.num_known)])
+        if row.chooses:
+            self._release_children(sequence)
+            self._check_end(sequence, token)
+        return row.chooses
+
+    def _check_end(self, sequence: Sequence, token: int) -> None:
+        params, length = sequence.params, len(sequence.output)
+        search = length > params.min_tokens or length >= sequence.max_new
+        ends = token in self._end_ids and not params.ignore_eos
+        if ends or token in params.stop_token_ids:
+            if sequence.text is not None and params.include_stop_str_in_output:
+                sequence.text.push(token, search=search)
+            sequence.stop_reason = None if ends else token
+            self._end(sequence, "stop")
+        elif sequence.text is not None and (found := sequence.text.push(token, search=search)) is not None:
+            sequence.stop_reason = found
+            self._end(sequence, "stop", cut=True)
+        elif length >= sequence.max_new:
+            self._end(sequence, "length")
+
+    def _end(self, sequence: Sequence, reason: str, *, discard: bool = False, cut: bool = False) -> list[int]:
+        """Ends a sequence; returns pages to clear."""
+        sequence.finish_reason = reason
+        if sequence.text is not None and not cut:
+            found = sequence.text.finish(search=reason == "length")
+            if found is not None:
+                sequence.finish_reason, sequence.stop_reason = "stop", found
+        for children in self._children.values():
+            if sequence in children:  # it never got to a scheduler
+                children.remove(sequence)
+                sequence.status = Status.FINISHED
+                return []
+        cleared = self.schedulers[sequence.group].finish(sequence, discard=discard)
+        self._release_children(sequence)
+        return cleared
+
+    def _release_children(self, sequence: Sequence) -> None:
+        if self._children:
+            for child in self._children.pop(sequence, ()):
+                self.add(child, group=sequence.group)
+
+    def _keep_scores(self, sequence: Sequence, first: int, count: int, scores: Any) -> None:
+        for number in range(count):
+            one = jax.tree.map(lambda x, number=number: x[number], scores)
+            sequence.prompt_logprobs.setdefault(first + number, one)
+
+    def _start_over(self, plans: Rows[StepPlan], error: Exception) -> list[Sequence]:
+        """After the device failed a step: the sequence with the most tokens in it ends, all others compute anew."""
+        self.counts.failed_steps += 1
+        rows = [row for plan in plans for row in plan.rows if not row.sequence.finished]
+        for scheduler in self.schedulers:
+            scheduler.start_over()
+        self._inflight = None
+        ended = []
+        if rows:
+            culprit = max(rows, key=lambda row: (row.count, row.sequence.order)).sequence
+            culprit.error = DeviceStepError(sum(row.count for row in rows), error)
+            self._end(culprit, "error")
+            ended.append(culprit)
+        # what a failed step had taken is gone: fresh pages and rows, at the same sizes
+        self.runner.pool.resize(self.runner.pool.num_pages, keep=False)
+        self.runner.reset_rows()
+        return ended

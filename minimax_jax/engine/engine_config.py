@@ -1,0 +1,117 @@
+"""What a user sets of the engine: caches, segments, decode batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """Pages for keys, values and index keys.
+
+    Attributes:
+      free_memory_fraction: of the device's memory, for everything: weights, steps and, with what is left, pages. On a
+        device that does not tell its memory (a CPU) `max_tokens` decides.
+      max_tokens: at most so many tokens in the pages of a data rank; None for what memory there is, on a CPU for
+        `max_batch_size` sequences of full length, or 1 GiB if that is less.
+      page_size: tokens a page; must be the model's sparse block.
+      dtype: "auto" for the weights', "bfloat16" or "float32".
+      enable_reuse: whether prompts reuse pages that hold their beginning.
+    """
+
+    free_memory_fraction: float = 0.9
+    max_tokens: int | None = None
+    page_size: int = 128
+    dtype: str = "auto"
+    enable_reuse: bool = True
+
+    def __post_init__(self) -> None:
+        fraction = self.free_memory_fraction
+        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
+            raise ValueError(f"free_memory_fraction = {fraction!r}: must be a number within (0, 1]")
+        for name in ("max_tokens", "page_size"):
+            value = getattr(self, name)
+            if not (value is None and name == "max_tokens") and not (_is_int(value) and value >= 1):
+                raise ValueError(f"{name} = {value!r}: must be an integer >= 1")
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise ValueError(f"dtype = {self.dtype!r}: must be 'auto', 'bfloat16' or 'float32'")
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentConfig:
+    """How steps run that hold parts of prompts.
+
+    Attributes:
+      buckets: tokens to compile for; None for powers of two and three quarters of these up to `max_num_tokens`.
+      enabled: whether they run as segments around host-side attention, where that is the faster way (True), always
+        ("always") or never (False).
+    """
+
+    buckets: tuple[int, ...] | None = None
+    enabled: bool | str = True
+
+    def __post_init__(self) -> None:
+        if self.buckets is not None:
+            object.__setattr__(self, "buckets", _sizes("buckets", self.buckets))
+        if self.enabled not in (True, False, "always"):
+            raise ValueError(f"enabled = {self.enabled!r}: must be True, False or 'always'")
+
+    @property
+    def execution(self) -> str:
+        """The name in `engine/execution.py`."""
+        return {True: "auto", False: "whole", "always": "segmented"}[self.enabled]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How steps run in which every sequence takes one token.
+
+    Attributes:
+      batch_sizes: to compile for; None for powers of two and three quarters of these up to `max_batch_size`.
+      enable_padding: whether a batch is padded up to one of them; without it each size that occurs is compiled.
+      page_buckets: widths of block tables to compile for; None for powers of two and three quarters of these.
+    """
+
+    batch_sizes: tuple[int, ...] | None = None
+    enable_padding: bool = True
+    page_buckets: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_sizes", "page_buckets"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _sizes(name, getattr(self, name)))
+
+
+def config_from(name: str, kind: type[Config], value: Config | Mapping[str, Any] | None) -> Config:
+    """A config of a kind from one, a dict in its place, or None for the defaults.
+
+    Raises:
+      ValueError: for unknown keys or impossible values; the message names argument and key.
+    """
+    if value is None:
+        return kind()
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name}: must be a {kind.__name__} or a dict, got {type(value).__name__}")
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    if unknown := sorted(set(value) - set(known)):
+        raise ValueError(f"{name} has {unknown[0]!r}: must be of {', '.join(known)}")
+    try:
+        return kind(**value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _sizes(name: str, sizes: Any) -> tuple[int, ...]:
+    if not isinstance(sizes, (list, tuple)) or not sizes or not all(_is_int(size) and size >= 1 for size in sizes):
+        raise ValueError(f"{name} = {sizes!r}: must be a list of integers >= 1")
+    return tuple(sorted(set(sizes)))
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

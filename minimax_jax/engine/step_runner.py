@@ -1,0 +1,407 @@
+"""Runs planned steps on the device, without waiting for it."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Sequence as Rows
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from minimax_jax.attention import StepLayout, check_pages, step_layout
+from minimax_jax.buckets import bucket, buckets_up_to
+from minimax_jax.cache import PagePool
+from minimax_jax.config import MiniMaxM3Config
+from minimax_jax.engine.execution import check_execution, mesh_execution, prefill_execution
+from minimax_jax.engine.logprobs import TokenLogprobs
+from minimax_jax.engine.pick_arrays import changes_by_step, pick_features, pick_parameters
+from minimax_jax.engine.row_state import Adjustments, RowState, empty_rows
+from minimax_jax.engine.sampler import SamplingState
+from minimax_jax.engine.scheduler import PlannedRow, StepPlan
+from minimax_jax.engine.segmented_prefill import LEAST_BUCKET, SegmentedPrefill
+from minimax_jax.engine.sequence import Sequence
+from minimax_jax.engine.step_arrays import SlotTables, StepArrays, StepShape, step_arrays
+from minimax_jax.engine.steps import MAX_PREFILL_TOKENS, PickFeatures, PickInputs, StepInputs, Steps
+from minimax_kernels import Batch
+
+_SCORED_ROWS = 256  # prompt tokens whose logits exist at once
+_EDITED_PAGES = 8  # the least number of page edits that is compiled for
+
+
+@dataclasses.dataclass(frozen=True)
+class RunnerConfig:
+    """How steps run, and which shapes they are padded to.
+
+    Attributes:
+      max_batch_size: sequences of one step, on each data rank.
+      execution: "segmented", "whole", "eager" or "auto"; see `engine/execution.py`.
+      batch_sizes: rows to compile for, the largest at least `max_batch_size`; None for powers of two and three quarters
+        of these. Steps that only decode are padded to one of them.
+      pad_batches: without it, such steps are compiled for each number of rows that occurs.
+      token_buckets: tokens to compile for where prompts take part.
+      page_buckets: widths of block tables to compile for; None for powers of two and three quarters.
+    """
+
+    max_batch_size: int
+    execution: str = "auto"
+    batch_sizes: tuple[int, ...] | None = None
+    pad_batches: bool = True
+    token_buckets: tuple[int, ...] = buckets_up_to(MAX_PREFILL_TOKENS, LEAST_BUCKET)
+    page_buckets: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_execution(self.execution)
+
+    def rows(self, count: int) -> int:
+        """Rows to compile for, for `count` sequences."""
+        return _padded(count, self.batch_sizes)
+
+    def tokens(self, count: int) -> int:
+        """Tokens to compile for, where prompts take part."""
+        return _padded(count, self.token_buckets)
+
+    def pages(self, count: int) -> int:
+        """Width of the block tables to compile for."""
+        return _padded(count, self.page_buckets)
+
+
+def _padded(count: int, sizes: tuple[int, ...] | None) -> int:
+    if sizes is None:
+        return bucket(count)
+    place = bisect.bisect_left(sizes, count)
+    return sizes[place] if place < len(sizes) else bucket(count)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptScores:
+    """Log probabilities of some tokens of a prompt.
+
+    Attributes:
+      first, count: which tokens of the sequence; scores: of these, padding after them.
+    """
+
+    sequence: Sequence
+    first: int
+    count: int
+    scores: TokenLogprobs
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchedStep:
+    """A step whose results may still be in the making.
+
+    Attributes:
+      plans: what it computes, by data rank; num_rows: rows of each data rank, padding included.
+      tokens: [R] the token that each row chose.
+      logprobs: of these, None if nobody asked.
+      prompt_scores: of prompts that asked.
+      kind: "decode" or "prefill"; how: "whole", "segmented" or "eager".
+    """
+
+    plans: tuple[StepPlan, ...]
+    num_rows: int
+    tokens: Int[Array, "R"]
+    logprobs: TokenLogprobs | None
+    prompt_scores: tuple[PromptScores, ...]
+    kind: str
+    how: str
+
+
+class StepRunner:
+    """The device's side of the engine: weights, page pool, state of running rows, and how steps are launched.
+
+    Attributes:
+      pool: the caches.
+      config: how steps run.
+      num_slots: rows that the state holds.
+    """
+
+    def __init__(
+        self,
+        steps: Steps,
+        leaves: list[Array],
+        model: MiniMaxM3Config,
+        pool: PagePool,
+        config: RunnerConfig,
+        *,
+        end_ids: Rows[int] = (),
+        max_pages: int | None = None,
+        segmented: SegmentedPrefill | None = None,
+    ):
+        """
+        Args:
+          model: of the whole model.
+          end_ids: end-of-text tokens, which `min_tokens` keeps away.
+          max_pages: of one sequence; None for all of the pool's.
+          segmented: prompts as segments; None for those of `steps`.
+
+        Raises:
+          ValueError: if ranks are asked to run segments.
+        """
+        ranks = steps.ranks
+        self._execution = config.execution if ranks is None else mesh_execution(config.execution)
+        self._steps, self._leaves, self._model, self.pool, self.config = steps, leaves, model, pool, config
+        self._segmented, self._end_ids = segmented, tuple(end_ids)
+        self._page_size, self._platform = model.index_block_size, next(iter(leaves[0].devices())).platform
+        self._groups = 1 if ranks is None else ranks.groups
+        self.num_slots = config.max_batch_size
+        width = max(max_pages or pool.num_pages, *(config.page_buckets or (1,)))
+        self._tables = [SlotTables(self.num_slots, _padded(width, config.page_buckets)) for _ in range(self._groups)]
+        self._state: RowState = self._place(empty_rows(self.num_slots * self._groups, model.vocab_size))
+        self._parameters: tuple[Any, ...] | None = None  # of the latest step
+        self._life = pool.epoch.value  # of the pool, in which the tables fit
+
+    def needs_known_tokens(self, plans: Rows[StepPlan]) -> bool:
+        """Whether the plans' pending tokens must be read before the launch: segments take tokens from the host."""
+        return self._how(plans)[1] != "whole"
+
+    def _how(self, plans: Rows[StepPlan]) -> tuple[str, str]:
+        """(kind, execution) of a step."""
+        kind = "decode" if all(row.count == 1 for plan in plans for row in plan.rows) else "prefill"
+        return kind, self._choose(kind, max(plan.num_tokens for plan in plans))
+
+    def _choose(self, kind: str, num_tokens: int) -> str:
+        if self._execution == "eager":
+            return "eager"
+        if kind == "decode":
+            return "whole"
+        return prefill_execution(self._execution, num_tokens, self._model.num_hidden_layers, self._platform)
+
+    def _shape(self, plans: Rows[StepPlan], kind: str) -> StepShape:
+        count = max(len(plan.rows) for plan in plans)
+        rows = count if kind == "decode" and not self.config.pad_batches else self.config.rows(count)
+        tokens = rows if kind == "decode" else self.config.tokens(max(plan.num_tokens for plan in plans))
+        ends = [row.start + row.count for plan in plans for row in plan.rows]
+        return StepShape(tokens, rows, self.config.pages(-(-max(ends) // self._page_size)))
+
+    def launch(self, plans: Rows[StepPlan]) -> LaunchedStep:
+        """Starts a step, a plan for each data rank, at least one of which has rows.
+
+        Raises:
+          jax.errors.JaxRuntimeError: from the device; the caches may be lost then.
+          ValueError: if the pool lost pages that are in use.
+        """
+        kind, how = self._how(plans)
+        shape = self._shape(plans, kind)
+        arrays = step_arrays(plans, self._tables, shape, page_size=self._page_size, num_slots=self.num_slots)
+        self._begin_rows(plans)
+        if any(plan.copies for plan in plans):
+            self.copy_pages([plan.copies for plan in plans])
+        if how == "whole":
+            hidden, last = self._run_whole(arrays)
+        else:
+            hidden, last = self._run_segments(plans[0], arrays, eager=how == "eager")
+        tokens, logprobs = self._pick(arrays, last, *self._pick_parameters(plans, shape.rows))
+        scores = self._score_prompts(plans, shape, hidden)
+        jax.tree.map(_start_copy, (tokens, logprobs, [score.scores for score in scores]))
+        return LaunchedStep(tuple(plans), shape.rows, tokens, logprobs, scores, kind, how)
+
+    def warm_up(self, kind: str, num_tokens: int, num_rows: int, num_pages: int) -> None:
+        """Compiles and runs one step of the largest context that `num_pages` hold, which writes to no page.
+
+        Args:
+          kind: "prefill", with `num_tokens` of one sequence and one each of others, or "decode".
+        """
+        shape = StepShape(num_tokens if kind == "prefill" else num_rows, num_rows, num_pages)
+        groups = self._groups
+        counts = np.ones(num_rows, np.int32)
+        if kind == "prefill":
+            counts[0] = num_tokens - num_rows + 1
+        ends = np.cumsum(counts, dtype=np.int32)
+        contexts = np.full(num_rows, num_pages * self._page_size, np.int32)
+        at = np.repeat(np.arange(num_rows), counts)
+        positions = np.arange(shape.tokens, dtype=np.int32) - ends[at] + contexts[at]
+        none, zeros = np.full(shape.tokens, -1, np.int32), np.zeros(shape.tokens, np.int32)
+        tables, rows = np.zeros((num_rows, num_pages), np.int32), np.zeros(num_rows, np.int32)
+        starts = np.concatenate([rows[:1], ends])
+        fields = (zeros, none, positions, none, tables, starts, contexts, ends - 1, rows, rows + self.num_slots)
+        arrays = StepArrays(*(np.concatenate([field] * groups) for field in fields))
+        how = self._choose(kind, shape.tokens)
+        if how == "whole":
+            _, last = self._run_whole(arrays)
+        else:
+            layout = StepLayout(tables, starts, contexts, none)
+            _, last = self._run_layout(zeros, positions, layout, arrays.last, eager=how == "eager")
+        for features in (PickFeatures(), PickFeatures(greedy=False, truncated=True)):
+            parameters = pick_parameters([StepPlan()] * groups, num_rows, self._model.vocab_size, ())
+            sampling, adjustments = self._place(parameters, keep=True)
+            picked = self._pick(arrays, last, features, sampling, adjustments)
+        jax.block_until_ready(picked)
+
+    def fetch(self, step: LaunchedStep) -> tuple[np.ndarray, TokenLogprobs | None]:
+        """Waits for a step's tokens [data rank, row] and what was asked about them, on the host."""
+        groups = (self._groups, step.num_rows)
+        tokens = self._fetched(step.tokens).reshape(groups)
+        if step.logprobs is None:
+            return tokens, None
+        return tokens, jax.tree.map(lambda x: self._fetched(x).reshape(*groups, *x.shape[1:]), step.logprobs)
+
+    def fetch_scores(self, scores: PromptScores) -> TokenLogprobs:
+        """A prompt's log probabilities on the host."""
+        return jax.tree.map(self._fetched, scores.scores)
+
+    def copy_pages(self, copies: Rows[Rows[tuple[int, int]]]) -> None:
+        """Copies (page, copy) pairs of each data rank, in every layer."""
+        self._edit([[(source, target) for source, target in own] for own in copies])
+
+    def clear_pages(self, pages: Rows[Rows[int]]) -> None:
+        """Zeroes pages of each data rank: numbers that are none must not reach whoever gets them next."""
+        if any(pages):
+            self._edit([[(-1, page) for page in own] for own in pages])
+
+    def reset_rows(self) -> None:
+        """Forgets all rows, after a failed step may have consumed them."""
+        self._state = self._place(empty_rows(self.num_slots * self._groups, self._model.vocab_size))
+        self._parameters = None
+
+    def _edit(self, edits: list[list[tuple[int, int]]]) -> None:
+        size = bucket(max(map(len, edits)), _EDITED_PAGES)
+        sources, targets = np.full((2, self._groups, size), self.pool.num_pages, np.int32)
+        sources[:] = 0
+        for group, own in enumerate(edits):
+            for number, (source, target) in enumerate(own):
+                sources[group, number], targets[group, number] = source, target
+        with self.pool.borrow() as lent:
+            lent.caches = self._steps.edit_pages(lent.caches, *self._place((sources.reshape(-1), targets.reshape(-1))))
+
+    def _begin_rows(self, plans: Rows[StepPlan]) -> None:
+        for group, plan in enumerate(plans):
+            for row in plan.rows:
+                if row.begins and row.sequence.params.penalizes:
+                    self._begin_row(group, row.sequence)
+
+    def _begin_row(self, group: int, sequence: Sequence) -> None:
+        """Counts a sequence's tokens once more, when it starts or starts again."""
+        slots = np.full((self._groups, 1), self.num_slots, np.int32)
+        slots[group] = sequence.slot
+        vocab_size = self._model.vocab_size
+        prompt = np.full((self._groups, bucket(sequence.num_prompt, 64)), vocab_size, np.int32)
+        prompt[group, : sequence.num_prompt] = sequence.known[: sequence.num_prompt]
+        output = np.full((self._groups, bucket(len(sequence.output), 64)), vocab_size, np.int32)
+        output[group, : len(sequence.output)] = sequence.output
+        flat = self._place((slots.reshape(-1), prompt.reshape(-1), output.reshape(-1)))
+        self._state = self._steps.begin_row(self._state, *flat)
+
+    def _run_whole(self, arrays: StepArrays) -> tuple[Float[Array, "T H"], Float[Array, "R H"]]:
+        """(hidden states, those of each row's last token)."""
+        batch: Any = Batch(arrays.block_tables, arrays.query_starts, arrays.kv_lens)  # type: ignore[arg-type]
+        given: Any = (arrays.tokens, arrays.sources, arrays.positions, arrays.slots, batch, arrays.last)
+        step = self._place(StepInputs(*given))
+        with self.pool.borrow() as lent:
+            self._check_pages(arrays)
+            hidden, last, lent.caches = self._steps.layers(self._leaves, lent.caches, self._state.last_tokens, step)
+        return hidden, last
+
+    def _check_pages(self, arrays: StepArrays) -> None:
+        """Raises ValueError for pages that a pool which was resized meanwhile has no more."""
+        if self._life != self.pool.epoch.value:
+            held = np.arange(arrays.block_tables.shape[1]) < -(-arrays.kv_lens[:, None] // self._page_size)
+            check_pages(arrays.block_tables[held], self.pool.num_pages)
+            self._life = self.pool.epoch.value
+
+    def _run_segments(
+        self, plan: StepPlan, arrays: StepArrays, *, eager: bool
+    ) -> tuple[Float[Array, "T H"], Float[Array, "R H"]]:
+        """Through segments, which pad for themselves: one data rank, all tokens known."""
+        rows, total = len(plan.rows), plan.num_tokens
+        assert (arrays.sources < 0).all()
+        counts = np.array([row.count for row in plan.rows], np.int32)
+        tables, kv_lens = arrays.block_tables[:rows], arrays.kv_lens[:rows]
+        layout = step_layout(tables, counts, kv_lens, self._page_size)
+        return self._run_layout(arrays.tokens[:total], arrays.positions[:total], layout, arrays.last, eager=eager)
+
+    def _run_layout(
+        self,
+        tokens: Int[np.ndarray, "T"],
+        positions: Int[np.ndarray, "T"],
+        layout: StepLayout,
+        last: Int[np.ndarray, "R"],
+        *,
+        eager: bool,
+    ) -> tuple[Float[Array, "T H"], Float[Array, "R H"]]:
+        segments = self._steps.segmented if self._segmented is None else self._segmented
+        runtime = segments.attention.step(self.pool, layout)
+        run = segments.layers.eager if eager else segments.layers
+        hidden = run(self._leaves, tokens, positions, runtime=runtime)
+        known = not eager and hidden.shape[0] in segments.layers.buckets
+        take = self._steps.take if known else self._steps.take_exact(hidden.shape[0])
+        return hidden, take(hidden, jnp.asarray(last))
+
+    def _pick(
+        self,
+        arrays: StepArrays,
+        last: Float[Array, "R H"],
+        features: PickFeatures,
+        sampling: SamplingState,
+        adjustments: Adjustments,
+    ) -> tuple[Int[Array, "R"], TokenLogprobs | None]:
+        positions, slots, writes = self._place((arrays.kv_lens, arrays.row_slots, arrays.writes))
+        rows = PickInputs(positions, slots, writes, sampling, adjustments)
+        tokens, logprobs, self._state = self._steps.pick(self._leaves, self._state, last, rows, features=features)
+        return tokens, logprobs
+
+    def _pick_parameters(self, plans: Rows[StepPlan], num_rows: int) -> tuple[PickFeatures, SamplingState, Adjustments]:
+        """As arrays on the device; those of the last step where the same sequences go on."""
+        sequences = [[row.sequence for row in plan.rows] for plan in plans]
+        if self._parameters is not None:
+            known, rows, found = self._parameters
+            if rows == num_rows and known == sequences:
+                return found
+        flat = [sequence for own in sequences for sequence in own]
+        state, changes = pick_parameters(plans, num_rows, self._model.vocab_size, self._end_ids)
+        result = pick_features(flat), self._place(state, keep=True), self._place(changes, keep=True)
+        changing = any(map(changes_by_step, flat))
+        self._parameters = None if changing else (sequences, num_rows, result)
+        return result
+
+    def _score_prompts(
+        self, plans: Rows[StepPlan], shape: StepShape, hidden: Float[Array, "T H"]
+    ) -> tuple[PromptScores, ...]:
+        """Log probabilities of the prompt tokens that follow this step's, where somebody asked."""
+        found: list[PromptScores] = []
+        for group, plan in enumerate(plans):
+            end = 0
+            for row in plan.rows:
+                end += row.count
+                asked = row.sequence.params.prompt_logprobs
+                last = min(row.start + row.count, row.sequence.num_prompt - 1)
+                if asked is None or row.start >= last:
+                    continue
+                for first in range(row.start, last, _SCORED_ROWS):
+                    count = min(_SCORED_ROWS, last - first)
+                    found.append(self._score(group, row, first, count, end - row.count, hidden, bucket(asked)))
+        return tuple(found)
+
+    def _score(
+        self, group: int, row: PlannedRow, first: int, count: int, flat: int, hidden: Array, num_logprobs: int
+    ) -> PromptScores:
+        rows, tokens = np.zeros((2, self._groups, _SCORED_ROWS), np.int32)
+        rows[group, :count] = flat + first - row.start + np.arange(count)
+        tokens[group, :count] = row.sequence.known[first + 1 : first + 1 + count]
+        flat_rows, flat_tokens = self._place((rows.reshape(-1), tokens.reshape(-1)))
+        scores = self._steps.score(self._leaves, hidden, flat_rows, flat_tokens, num_logprobs=num_logprobs)
+        own = jax.tree.map(lambda x: x[group * _SCORED_ROWS : (group + 1) * _SCORED_ROWS], scores)
+        return PromptScores(row.sequence, first + 1, count, own)
+
+    def _place(self, values: Any, *, keep: bool = False) -> Any:
+        """Host arrays for a step, data ranks' rows side by side, on their devices.
+
+        Args:
+          keep: whether they serve more than one step: one device gets others with the call that takes them.
+        """
+        ranks = self._steps.ranks
+        if ranks is not None:
+            return ranks.place(values, jax.tree.map(lambda _: ranks.rows, values))
+        return jax.tree.map(jnp.asarray, values) if keep else values
+
+    def _fetched(self, array: Array) -> np.ndarray:
+        return np.asarray(array) if self._steps.ranks is None else self._steps.ranks.fetch(array)
+
+
+def _start_copy(array: Array) -> None:
+    if array.is_fully_addressable:
+        array.copy_to_host_async()

@@ -1,0 +1,215 @@
+"""`LLM` as users see it: outputs, log probabilities, stopping, chat, arguments."""
+
+import asyncio
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from serving import small_llm
+from small_models import random_prompt, small_model
+
+from minimax_jax import LLM, SamplingParams
+from minimax_jax.engine.sequence_text import SequenceText
+from minimax_jax.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    shapes = {"segment_config": {"buckets": [64], "enabled": False}, "decode_config": {"batch_sizes": [4]}}
+    cache = {"max_tokens": 16 * 128}
+    with LLM("tiny", max_batch_size=4, max_num_tokens=64, max_seq_len=256, cache_config=cache, **shapes) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def llm(model):
+    with small_llm(model) as shared:
+        yield shared
+
+
+def test_one_text_and_many(tiny):
+    params = SamplingParams(temperature=0, max_tokens=8)
+    (one,) = tiny.generate("In the beginning", params)
+    many = tiny.generate(["In the beginning", one.prompt_token_ids, "And it"], params)
+    assert one.prompt == "In the beginning" and one.prompt_token_ids[0] == tiny.model.config.bos_token_id
+    assert many[0].outputs == many[1].outputs == one.outputs and many[1].prompt is None
+    answer = one.outputs[0]
+    assert answer.text == tiny.tokenizer.decode(answer.token_ids) and len(answer.token_ids) == 8
+    assert (answer.finish_reason, answer.stop_reason, answer.logprobs, one.finished) == ("length", None, None, True)
+    assert tiny.generate([]) == []
+
+
+def test_the_checkpoints_own_defaults(tiny):
+    params = tiny.default_sampling_params()
+    assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.8, 0.95, 40, 256)
+
+
+def test_stop_strings_cut_the_text_and_stop_ids_end_it(tiny):
+    greedy = {"temperature": 0, "max_tokens": 12}
+    (free,) = tiny.generate("In the beginning", SamplingParams(**greedy))
+    text = free.outputs[0].text
+    stop = text[9:13]
+    params = [
+        SamplingParams(**greedy, stop=stop),
+        SamplingParams(**greedy, stop=["never", stop], include_stop_str_in_output=True),
+        SamplingParams(**greedy, stop_token_ids=[free.outputs[0].token_ids[-1]]),
+        SamplingParams(**greedy, stop=stop, min_tokens=11),
+    ]
+    cut, kept, by_id, late = (o.outputs[0] for o in tiny.generate(["In the beginning"] * 4, params))
+    at = text.index(stop)
+    assert (cut.text, cut.finish_reason, cut.stop_reason) == (text[:at], "stop", stop)
+    assert kept.text == text[: at + len(stop)]
+    ids = free.outputs[0].token_ids
+    assert by_id.stop_reason == ids[-1] and by_id.token_ids == ids[: ids.index(ids[-1]) + 1]
+    assert by_id.text == tiny.tokenizer.decode(by_id.token_ids[:-1])
+    assert len(late.token_ids) >= 11
+
+
+def test_a_stream_grows_and_never_shows_half_a_stop_string(tiny):
+    async def listen(params):
+        return [output async for output in tiny.generate_async("In the beginning", params)]
+
+    (free,) = tiny.generate("In the beginning", SamplingParams(temperature=0, max_tokens=12))
+    stop = free.outputs[0].text[9:14]
+    outputs = asyncio.run(listen(SamplingParams(temperature=0, max_tokens=12, stop=stop)))
+    texts = [output.outputs[0].text for output in outputs]
+    assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
+    assert outputs[-1].finished and not any(output.finished for output in outputs[:-1])
+    assert all(free.outputs[0].text.partition(stop)[0].startswith(text) for text in texts)
+    with pytest.raises(ValueError, match="the prompt has 300 tokens: must be at most 255"):
+        asyncio.run(anext_of(tiny.generate_async([1] * 300)))
+
+
+async def anext_of(stream):
+    return await anext(stream)
+
+
+def test_log_probabilities_equal_those_of_the_full_forward(llm, model):
+    params = SamplingParams(temperature=0, max_tokens=5, logprobs=3, prompt_logprobs=2)
+    prompt = random_prompt(100)
+    output = llm.generate([prompt], params)[0]
+    answer = output.outputs[0]
+    ids = prompt + answer.token_ids
+    logs = np.asarray(jax.nn.log_softmax(model([ids]).logits[0]))
+    given = [*output.prompt_logprobs, *answer.logprobs]
+    assert len(given) == len(ids) and given[0] is None
+    for place in range(1, len(ids)):
+        row, most = logs[place - 1], 2 if place < len(prompt) else 3
+        best = np.argsort(-row, kind="stable")[:most]
+        assert set(best) <= set(given[place]) <= {*best, ids[place]}
+        own = given[place][ids[place]]
+        assert own.logprob == pytest.approx(row[ids[place]], abs=1e-3)
+        assert own.rank == (row > row[ids[place]]).sum() + 1 and own.decoded_token is None
+    assert answer.cumulative_logprob == pytest.approx(
+        sum(logs[99 + i, t] for i, t in enumerate(answer.token_ids)), abs=1e-3
+    )
+    assert llm.generate([prompt], params)[0].prompt_logprobs == output.prompt_logprobs  # computed again, not found
+
+
+def test_penalties_and_biases_do_what_they_say(llm):
+    prompt = random_prompt(30)
+    free = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=12))[0].outputs[0].token_ids
+    cases = [
+        SamplingParams(temperature=0, max_tokens=12, logit_bias={free[0]: -100}),
+        SamplingParams(temperature=0, max_tokens=12, logit_bias={7: 100}),
+        SamplingParams(temperature=0, max_tokens=12, presence_penalty=2, frequency_penalty=2, repetition_penalty=1e6),
+        SamplingParams(temperature=0, max_tokens=12, stop_token_ids=[free[0], free[1]], min_tokens=6),
+    ]
+    banned, forced, varied, late = (o.outputs[0].token_ids for o in llm.generate([prompt] * 4, cases))
+    assert free[0] not in banned and forced == [7] * 12
+    assert len(set(varied)) == 12 and not set(varied) & set(prompt)
+    assert len(late) >= 6 and not {free[0], free[1]} & set(late[:6])
+
+
+def test_a_conversation_goes_through_the_template(tiny):
+    messages = [{"role": "user", "content": "Hi"}]
+    params = SamplingParams(temperature=0, max_tokens=3)
+    one = tiny.chat(messages, params, thinking_mode="disabled")
+    two = tiny.chat([messages, messages], params, thinking_mode="disabled")
+    text = tiny.tokenizer.apply_chat_template(messages, thinking_mode="disabled", tokenize=False)
+    assert one[0].prompt == text and one[0].prompt_token_ids == tiny.tokenizer.encode(text)
+    assert [o.outputs for o in two] == [one[0].outputs] * 2
+    with pytest.raises(ValueError, match=r"messages\[0\].role"):
+        tiny.chat([{"role": "nobody", "content": "x"}], params)
+
+
+def test_stop_strings_over_every_cut_of_the_text():
+    tokenizer = Tokenizer.from_pretrained("tiny")
+    text = "one two three éé four"
+    ids = tokenizer.encode(text)
+    for stop, kept in (("two", False), (" t", True), ("éé f", False), ("zzz", False)):
+        grown = SequenceText(tokenizer, [stop], keep_stop=kept)
+        found = next((s for s in map(grown.push, ids) if s), None) or grown.finish()
+        before, hit, _ = text.partition(stop)
+        assert (found or "") == hit and grown.text == before + (hit if kept else "")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n": 0}, "n = 0: must be an integer within 1..64"),
+        ({"max_tokens": 0}, "max_tokens = 0"),
+        ({"min_tokens": 17}, "min_tokens = 17: must be an integer within 0..max_tokens"),
+        ({"temperature": -1}, "temperature = -1"),
+        ({"temperature": float("nan")}, "temperature = nan"),
+        ({"top_p": 0}, r"top_p = 0: must be a number in \(0, 1\]"),
+        ({"top_k": -2}, "top_k = -2"),
+        ({"min_p": 1.5}, "min_p = 1.5"),
+        ({"repetition_penalty": 0}, "repetition_penalty = 0"),
+        ({"presence_penalty": 3}, "presence_penalty = 3"),
+        ({"logit_bias": {-1: 2}}, "logit_bias = "),
+        ({"seed": 2**32}, "seed = 4294967296"),
+        ({"stop": [""]}, "stop = "),
+        ({"stop": "x", "detokenize": False}, "stop = .*: must be empty without detokenize"),
+        ({"logprobs": 21}, "logprobs = 21"),
+    ],
+)
+def test_parameters_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_batch_size": 0}, "max_batch_size = 0: must be an integer >= 1"),
+        ({"max_num_tokens": 3}, "max_num_tokens = 3: must be at least max_batch_size = 8"),
+        ({"max_seq_len": 513}, r"max_seq_len = 513: must be within 2..512"),
+        ({"cache_config": {"page_size": 128}}, "cache_config: page_size = 128: must be 16, the model's sparse block"),
+        ({"cache_config": {"pages": 3}}, "cache_config has 'pages': must be of free_memory_fraction, max_tokens"),
+        (
+            {"cache_config": {"free_memory_fraction": 0}},
+            "cache_config: free_memory_fraction = 0: must be a number within",
+        ),
+        ({"segment_config": {"buckets": (32,)}}, "segment_config: buckets end at 32: must reach max_num_tokens = 64"),
+        (
+            {"decode_config": {"batch_sizes": [0]}},
+            r"decode_config: batch_sizes = \[0\]: must be a list of integers >= 1",
+        ),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size: must be 1 for a loaded model"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        small_llm(model, **options)
+
+
+def test_parameters_must_be_as_many_as_prompts(llm):
+    with pytest.raises(ValueError, match="sampling_params: must be one SamplingParams, or 2"):
+        llm.generate([[1], [2]], [SamplingParams()])
+    with pytest.raises(FileNotFoundError, match="no tokenizer"):
+        llm.generate("text")
+
+
+def test_answers_end_where_the_room_does(model):
+    with small_llm(model, pages=4) as small:
+        assert small.max_seq_len == 64
+    with small_llm(model, max_seq_len=64) as small:
+        output = small.generate([random_prompt(60)], SamplingParams(max_tokens=None, ignore_eos=True))[0]
+        assert len(output.outputs[0].token_ids) == 4 and output.outputs[0].finish_reason == "length"
