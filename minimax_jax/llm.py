@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import operator
 import queue
 import sys
 import time
@@ -274,7 +275,10 @@ class LLM:
             except ValueError as problem:
                 error = problem
         else:
-            ids = [int(token) for token in prompt]
+            try:
+                ids = [operator.index(token) for token in prompt]
+            except TypeError as problem:
+                error = ValueError(f"the prompt must be a text or a list of token ids: {problem}")
         arrival = next(self._arrivals)
         seed = int(self._seeds.integers(2**32)) if params.seed is None else params.seed
         return Request(
