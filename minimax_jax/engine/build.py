@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 from jaxtyping import Array
+from tqdm import tqdm
 
 from minimax_jax.buckets import buckets_up_to
 from minimax_jax.cache import PageAllocator, PagePool
@@ -48,14 +50,17 @@ def build_core(
     *,
     dtype: str,
     end_ids: tuple[int, ...],
-    warm_up: bool,
+    warm_up: bool | str,
+    progress: bool = True,
 ) -> EngineCore:
     """An engine over a pool of the size that `cache` asks for.
 
     Args:
       dtype: of the caches, by name.
       end_ids: end-of-text tokens.
-      warm_up: whether the largest steps run before the first request; they always do where memory is measured.
+      warm_up: whether the largest steps run before the first request, or "all" combinations of the buckets; the
+        largest always do where memory is measured.
+      progress: whether warming up all of them shows a bar on stderr.
 
     Raises:
       ValueError: for settings that do not fit the model or the device.
@@ -95,7 +100,9 @@ def build_core(
         ),
         end_ids=end_ids,
         max_pages=width,
-        segmented=steps.segments(buckets) if steps.ranks is None else None,
+        segmented=steps.segments(buckets, (limits.max_batch_size,), decode.page_buckets)
+        if steps.ranks is None
+        else None,
     )
 
     def run_largest() -> None:
@@ -103,7 +110,7 @@ def build_core(
         runner.warm_up("prefill", runner.config.tokens(limits.max_num_tokens), rows, pages)
         runner.warm_up("decode", rows, rows, pages)
 
-    if measured or warm_up:
+    if measured or warm_up is True:
         fill_memory(
             pool,
             run_largest,
@@ -115,6 +122,8 @@ def build_core(
         )
     elif most is not None and most != pool.num_pages:
         pool.resize(most, keep=False)
+    if warm_up == "all":
+        warm_up_all(runner, runner.config.pages(width), progress=progress)
     schedulers = [
         Scheduler(
             PageAllocator(pool.num_pages, reuse=cache.enable_reuse),
@@ -125,3 +134,20 @@ def build_core(
         for _ in range(1 if steps.ranks is None else steps.ranks.groups)
     ]
     return EngineCore(runner, schedulers, end_ids=end_ids)
+
+
+def warm_up_all(runner: StepRunner, most_pages: int, *, progress: bool) -> None:
+    """Runs a step of every shape that the buckets allow, the largest first, so that serving compiles none.
+
+    Args:
+      most_pages: of one sequence.
+      progress: whether to show a bar on stderr.
+    """
+    config = runner.config
+    rows = config.batch_sizes or buckets_up_to(config.max_batch_size)
+    pages = [width for width in config.page_buckets or buckets_up_to(most_pages) if width <= most_pages]
+    steps = [("prefill", *shape) for shape in itertools.product(config.token_buckets, rows, pages)]
+    steps += [("decode", count, count, width) for count, width in itertools.product(rows, pages)]
+    steps = [step for step in steps if step[2] <= step[1]]  # a token at least for each row
+    for step in tqdm(steps[::-1], "warming up", unit="step", disable=None if progress else True, delay=2):
+        runner.warm_up(*step)

@@ -1,14 +1,12 @@
-"""Prefill and mixed steps as segments: the layers through `segmented_jit`, the head as one executable."""
+"""Prefill and mixed steps as segments: the layers through `segmented_jit`."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -17,9 +15,7 @@ from minimax_jax.attention import ATTENTION, BoundaryAttend, PagedAttention, Ste
 from minimax_jax.buckets import buckets_up_to
 from minimax_jax.cache import PagePool
 from minimax_jax.config import MiniMaxM3Config
-from minimax_jax.engine.sampler import SamplingState, pick_tokens
 from minimax_jax.model import merge_model
-from minimax_jax.recent import RecentJits
 from minimax_jax.segmented import segmented_jit
 
 LEAST_BUCKET = 16
@@ -77,48 +73,20 @@ class SegmentedPrefill:
             dump_to=dump_to,
         )
 
-        def head() -> tuple[Any, ...]:
-            return (jax.jit(functools.partial(self._pick), static_argnames=("greedy", "truncated")),)
-
-        (self._head,) = head()
-        self._exact_heads = RecentJits(head)
-
-    def __call__(
-        self,
-        leaves: list[Array],
-        pool: PagePool,
-        step: FlatStep,
-        sampling: SamplingState,
-        *,
-        greedy: bool,
-        truncated: bool,
-        eager: bool = False,
-    ) -> Int[Array, "R"]:
+    def run_layers(
+        self, leaves: list[Array], pool: PagePool, step: FlatStep, *, eager: bool = False
+    ) -> Float[Array, "T H"]:
         """Runs one step; the pool's pages are written in place.
 
         Args:
           eager: at the step's exact size, without capture.
 
         Returns:
-          The token after the last one of each request, for as many rows as `sampling` has keys.
+          Hidden states; rows past the step's tokens are padding.
 
         Raises:
           StaleCaptureError: if the pool was resized or released meanwhile.
         """
-        hidden = self.run_layers(leaves, pool, step, eager=eager)
-        rows = sampling.keys.shape[0]
-        last, kv_lens = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        requests = len(step.layout.kv_lens)
-        last[:requests] = np.maximum(step.layout.query_starts[1:] - 1, 0)
-        kv_lens[:requests] = step.layout.kv_lens
-        exact = eager or len(step.tokens) > self.layers.buckets[-1]
-        head = self._exact_heads.get(hidden.shape[0])[0] if exact else self._head
-        return head(leaves, hidden, last, kv_lens, sampling, greedy=greedy, truncated=truncated)
-
-    def run_layers(
-        self, leaves: list[Array], pool: PagePool, step: FlatStep, *, eager: bool = False
-    ) -> Float[Array, "T H"]:
-        """Hidden states of one step, as `__call__` runs it; rows past the step's tokens are padding."""
         runtime = self.attention.step(pool, step.layout)
         live = len(step.tokens)
         rows = live if eager else self.layers.padded_rows(live)
@@ -139,7 +107,7 @@ class SegmentedPrefill:
 
         Attention is compiled for each of its `request_buckets` and `page_buckets` that a step of that size can have, so
         that no later step compiles any. Where these are not given, for one request of just so many tokens: other
-        combinations are then compiled when they are first met. The head is compiled for each number of rows it meets.
+        combinations are then compiled when they are first met.
 
         Args:
           buckets: of tokens; None for all.
@@ -193,17 +161,3 @@ class SegmentedPrefill:
     def _layers(self, leaves: list[Array], tokens: Int[Array, "T"], positions: Int[Array, "T"]) -> Float[Array, "T H"]:
         model = self._model(leaves)
         return model.run_layers(model.embed(tokens), positions, BoundaryAttend())
-
-    def _pick(
-        self,
-        leaves: list[Array],
-        hidden: Float[Array, "T H"],
-        last: Int[Array, "R"],
-        kv_lens: Int[Array, "R"],
-        sampling: SamplingState,
-        *,
-        greedy: bool,
-        truncated: bool,
-    ) -> Int[Array, "R"]:
-        logits = self._model(leaves).head(hidden[last])  # the head sees one row a request
-        return pick_tokens(logits, kv_lens, sampling, greedy=greedy, truncated=truncated)
