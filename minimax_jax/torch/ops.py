@@ -1,0 +1,196 @@
+"""The attention operations of `minimax_kernels` on torch tensors, as custom operators of `torch.library`.
+
+Tensors cross by DLPack: nothing is copied on the way in, and results are JAX's buffers. torch.compile sees one
+opaque operator a call, with a fake implementation for shapes. Every operation compiles once for each combination
+of shapes and types, as a `jax.jit` does. Gradients do not exist; an operand that needs one is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import torch
+
+import minimax_kernels
+from minimax_jax.torch.tensors import FLOATS, INTEGERS, check_operand, to_jax, to_torch
+from minimax_kernels import Batch, checks
+
+_OPTIONS = ("scale", "topk", "init_blocks", "local_blocks", "impl")
+_SELECTION = "int topk, int init_blocks, int local_blocks, "
+# operation -> (operands before the batch's, options before `impl`, whether it takes out=)
+_OPERATIONS: dict[str, tuple[tuple[str, ...], str, bool]] = {
+    "index_score": (("idx_q", "index_cache"), "", False),
+    "select_blocks": (("scores",), _SELECTION, False),
+    "dense_attention": (("q", "k_cache", "v_cache"), "float scale, ", True),
+    "sparse_attention": (("q", "k_cache", "v_cache", "selected"), "float scale, ", True),
+    "msa": (("q", "k_cache", "v_cache", "idx_q", "index_cache"), f"float scale, {_SELECTION}", True),
+}
+_BATCH = ("block_tables", "query_starts", "kv_lens")
+
+
+def index_score(idx_q: Any, index_cache: Any, batch: Batch, *, impl: str | None = None) -> Any:
+    """`minimax_kernels.index_score` on tensors: [T, Hi, D] and [P, B, D] -> [Hi, T, N] float32.
+
+    Args:
+      batch: with tensors as its fields.
+
+    Raises:
+      ValueError: for shapes, types, devices or memory layouts that do not fit.
+    """
+    operands = _operands({"idx_q": idx_q, "index_cache": index_cache}, batch)
+    return torch.ops.minimax_jax.index_score(*operands, impl=impl)
+
+
+def select_blocks(
+    scores: Any, batch: Batch, *, topk: int, init_blocks: int = 0, local_blocks: int = 1, impl: str | None = None
+) -> Any:
+    """`minimax_kernels.select_blocks` on tensors: [Hi, T, N] -> [Hi, T, topk] int32; raises as `index_score`."""
+    options = {"topk": topk, "init_blocks": init_blocks, "local_blocks": local_blocks, "impl": impl}
+    return torch.ops.minimax_jax.select_blocks(*_operands({"scores": scores}, batch), **options)
+
+
+def dense_attention(
+    q: Any, k_cache: Any, v_cache: Any, batch: Batch, *, scale: float, out: Any = None, impl: str | None = None
+) -> Any:
+    """`minimax_kernels.dense_attention` on tensors: [T, Hq, D] over pages [P, Hkv, B, D] -> [T, Hq, D].
+
+    Args:
+      out: takes the result and is returned; of q's shape, any float type; rows without a token keep what they hold.
+
+    Raises:
+      ValueError: as `index_score`.
+    """
+    operands = _operands({"q": q, "k_cache": k_cache, "v_cache": v_cache}, batch)
+    return _attention("dense_attention", operands, out, scale=scale, impl=impl)
+
+
+def sparse_attention(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    selected: Any,
+    batch: Batch,
+    *,
+    scale: float,
+    out: Any = None,
+    impl: str | None = None,
+) -> Any:
+    """`minimax_kernels.sparse_attention` on tensors: `dense_attention` over `selected` [Hkv, T, topk] blocks."""
+    operands = _operands({"q": q, "k_cache": k_cache, "v_cache": v_cache, "selected": selected}, batch)
+    return _attention("sparse_attention", operands, out, scale=scale, impl=impl)
+
+
+def msa(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    idx_q: Any,
+    index_cache: Any,
+    batch: Batch,
+    *,
+    scale: float,
+    topk: int,
+    init_blocks: int = 0,
+    local_blocks: int = 1,
+    out: Any = None,
+    impl: str | None = None,
+) -> Any:
+    """`minimax_kernels.msa` on tensors: score, select and attend in one; `out` and errors as `dense_attention`."""
+    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "idx_q": idx_q, "index_cache": index_cache}
+    selection = {"topk": topk, "init_blocks": init_blocks, "local_blocks": local_blocks}
+    return _attention("msa", _operands(tensors, batch), out, scale=scale, **selection, impl=impl)
+
+
+def _operands(tensors: dict[str, Any], batch: Batch) -> list[Any]:
+    """Checks what torch knows; the operation itself checks the rest. Caches are never copied, small operands may be."""
+    if not isinstance(batch, Batch):
+        raise ValueError(f"batch is {type(batch).__name__}: must be a minimax_kernels.Batch of tensors")
+    device = next(iter(tensors.values())).device if isinstance(next(iter(tensors.values())), torch.Tensor) else None
+    operands = []
+    for name, tensor in tensors.items():
+        check_operand(name, tensor, INTEGERS if name == "selected" else FLOATS, device)
+        if name.endswith("_cache") and not tensor.is_contiguous():
+            raise ValueError(f"{name} is not contiguous: must be, as its pages are read where they lie")
+        operands.append(_plain(tensor))
+    for name in _BATCH:
+        tensor = getattr(batch, name)
+        check_operand(f"batch.{name}", tensor, INTEGERS, device)
+        operands.append(_plain(tensor))
+    return operands
+
+
+def _plain(tensor: Any) -> Any:
+    return (tensor.to(torch.int32) if tensor.dtype == torch.int64 else tensor).contiguous()
+
+
+def _attention(name: str, operands: list[Any], out: Any, **options: Any) -> Any:
+    options["scale"] = checks.check_scale(options["scale"])
+    if out is None:
+        return getattr(torch.ops.minimax_jax, name)(*operands, **options)
+    check_operand("out", out, FLOATS, operands[0].device)
+    if out.shape != operands[0].shape:  # torch.compile must not resize it, so nobody does
+        raise ValueError(f"out has shape {tuple(out.shape)}: must be {tuple(operands[0].shape)}, as q")
+    getattr(torch.ops.minimax_jax, f"{name}_out")(*operands, out, **options)
+    return out
+
+
+@functools.cache
+def _compiled(name: str) -> Callable[..., jax.Array]:
+    operation = getattr(minimax_kernels, name)
+    options = [option for option in _OPTIONS if option in inspect.signature(operation).parameters]
+    return jax.jit(operation, static_argnames=options)
+
+
+def _call(name: str, tensors: Sequence[Any], out: Any = None, **options: Any) -> Any:
+    """Runs an operation on real tensors; afterwards, in stream order, JAX holds none of them."""
+    names = (*_OPERATIONS[name][0], *_BATCH)
+    arrays = [to_jax(tensor, operand) for operand, tensor in zip(names, tensors, strict=True)]
+    batch = Batch(*arrays[-len(_BATCH) :])
+    if tensors[-1].device.type == "cpu":  # lengths can be looked at without waiting for a device
+        block_size = next((t.shape[-2] for n, t in zip(names, tensors, strict=True) if n.endswith("_cache")), None)
+        checks.check_batch(batch, block_size)
+    if out is not None:
+        options["out"] = to_jax(out.contiguous(), "out")
+    return to_torch(_compiled(name)(*arrays[: -len(_BATCH)], batch, **options))
+
+
+def _fake(name: str, tensors: Sequence[Any], **options: Any) -> Any:
+    """The shape and type of a result, for tracing."""
+    first, block_tables = tensors[0], tensors[-len(_BATCH)]
+    if name == "index_score":
+        return first.new_empty((first.shape[1], first.shape[0], block_tables.shape[1]), dtype=torch.float32)
+    if name == "select_blocks":
+        return first.new_empty((*first.shape[:2], options["topk"]), dtype=torch.int32)
+    return torch.empty_like(first, memory_format=torch.contiguous_format)
+
+
+def _register(name: str) -> None:
+    """Defines `torch.ops.minimax_jax.<name>` and, where there is an `out`, `<name>_out`, which mutates it."""
+    operands, options, has_out = _OPERATIONS[name]
+    tensors = ", ".join(f"Tensor {operand}" for operand in (*operands, *_BATCH))
+
+    def real(*args: Any, **kwargs: Any) -> Any:
+        return _call(name, args, **kwargs)
+
+    schema = f"({tensors}, *, {options}str? impl=None) -> Tensor"
+    torch.library.custom_op(f"minimax_jax::{name}", real, mutates_args=(), schema=schema).register_fake(
+        lambda *args, **kwargs: _fake(name, args, **kwargs)
+    )
+    if not has_out:
+        return
+
+    def into(*args: Any, **kwargs: Any) -> None:
+        args[-1].copy_(_call(name, args[:-1], args[-1], **kwargs))
+
+    schema = f"({tensors}, Tensor(a!) out, *, {options}str? impl=None) -> ()"
+    torch.library.custom_op(f"minimax_jax::{name}_out", into, mutates_args=("out",), schema=schema).register_fake(
+        lambda *args, **kwargs: None
+    )
+
+
+for _name in _OPERATIONS:  # torch keeps one registry a process; an operator has to be in it before its first call
+    _register(_name)
