@@ -1,9 +1,10 @@
-"""MiniMax-M3's attention operations on torch tensors, and the way into transformers' own model.
+"""The model and its attention operations on torch tensors, and the way into transformers' own model.
 
 Importing it needs torch (`pip install 'minimax-jax[torch]'`); the rest of `minimax_jax` never imports it.
 """
 
 from minimax_jax.torch.cache_writes import write_index, write_kv
+from minimax_jax.torch.causal_lm import MiniMaxM3ForCausalLM
 from minimax_jax.torch.ops import dense_attention, index_score, msa, select_blocks, sparse_attention
 from minimax_jax.torch.tensors import to_jax, to_torch
 from minimax_jax.torch.transformers_attention import patch_transformers, register_attention
@@ -11,6 +12,7 @@ from minimax_kernels import Batch
 
 __all__ = [
     "Batch",
+    "MiniMaxM3ForCausalLM",
     "dense_attention",
     "index_score",
     "msa",

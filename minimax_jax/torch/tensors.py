@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,6 +59,14 @@ def to_torch(array: jax.Array) -> Any:
     if next(iter(array.devices())).platform == "cpu":
         array.block_until_ready()  # a CPU tensor has no stream that could wait
     return torch.from_dlpack(array)
+
+
+def result_on(device: Any, array: jax.Array) -> Any:
+    """A result of the model as a tensor on a torch device: without a copy where it lies there; int32 ids as int64."""
+    platform = next(iter(array.devices())).platform
+    near = device.type == ("cuda" if platform == "gpu" else platform) and len(array.devices()) == 1
+    tensor = to_torch(array) if near else torch.from_numpy(np.array(array))
+    return tensor.to(device, torch.int64 if tensor.dtype == torch.int32 else tensor.dtype)
 
 
 def _check_device(name: str, tensor: Any) -> None:
