@@ -112,6 +112,10 @@ class ModuleInterface:
         """Bytes of weights and buffers, of all devices together."""
         return sum(leaf.nbytes for leaf in self._leaves)
 
+    def can_generate(self) -> bool:
+        """True."""
+        return True
+
     def eval(self) -> Self:
         """The same model: it is never in another mode."""
         return self
