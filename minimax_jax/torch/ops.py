@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,36 +21,47 @@ from minimax_kernels import Batch, checks
 
 _OPTIONS = ("scale", "topk", "init_blocks", "local_blocks", "impl")
 _SELECTION = "int topk, int init_blocks, int local_blocks, "
-# operation -> (operands before the batch's, options before `impl`, whether it takes out=)
-_OPERATIONS: dict[str, tuple[tuple[str, ...], str, bool]] = {
-    "index_score": (("idx_q", "index_cache"), "", False),
-    "select_blocks": (("scores",), _SELECTION, False),
-    "dense_attention": (("q", "k_cache", "v_cache"), "float scale, ", True),
-    "sparse_attention": (("q", "k_cache", "v_cache", "selected"), "float scale, ", True),
-    "msa": (("q", "k_cache", "v_cache", "idx_q", "index_cache"), f"float scale, {_SELECTION}", True),
+# operation -> (operands before the batch's, options before `impl`)
+_OPERATIONS: dict[str, tuple[tuple[str, ...], str]] = {
+    "index_score": (("idx_q", "index_cache"), ""),
+    "select_blocks": (("scores",), _SELECTION),
+    "dense_attention": (("q", "k_cache", "v_cache"), "float scale, "),
+    "sparse_attention": (("q", "k_cache", "v_cache", "selected"), "float scale, "),
+    "msa": (("q", "k_cache", "v_cache", "idx_q", "index_cache"), f"float scale, {_SELECTION}"),
 }
+_KEEPS_ROWS = ("dense_attention", "sparse_attention", "msa")  # with out=, rows without a token keep what they hold
 _BATCH = ("block_tables", "query_starts", "kv_lens")
 
 
-def index_score(idx_q: Any, index_cache: Any, batch: Batch, *, impl: str | None = None) -> Any:
+def index_score(idx_q: Any, index_cache: Any, batch: Batch, *, out: Any = None, impl: str | None = None) -> Any:
     """`minimax_kernels.index_score` on tensors: [T, Hi, D] and [P, B, D] -> [Hi, T, N] float32.
 
     Args:
       batch: with tensors as its fields.
+      out: takes the result and is returned; of its shape, any float type.
 
     Raises:
       ValueError: for shapes, types, devices or memory layouts that do not fit.
     """
     operands = _operands({"idx_q": idx_q, "index_cache": index_cache}, batch)
-    return torch.ops.minimax_jax.index_score(*operands, impl=impl)
+    return _run("index_score", operands, out, impl=impl)
 
 
 def select_blocks(
-    scores: Any, batch: Batch, *, topk: int, init_blocks: int = 0, local_blocks: int = 1, impl: str | None = None
+    scores: Any,
+    batch: Batch,
+    *,
+    topk: int,
+    init_blocks: int = 0,
+    local_blocks: int = 1,
+    out: Any = None,
+    impl: str | None = None,
 ) -> Any:
-    """`minimax_kernels.select_blocks` on tensors: [Hi, T, N] -> [Hi, T, topk] int32; raises as `index_score`."""
+    """`minimax_kernels.select_blocks` on tensors: [Hi, T, N] -> [Hi, T, topk] int32; `out`, of integers, and errors as
+    `index_score`.
+    """
     options = {"topk": topk, "init_blocks": init_blocks, "local_blocks": local_blocks, "impl": impl}
-    return torch.ops.minimax_jax.select_blocks(*_operands({"scores": scores}, batch), **options)
+    return _run("select_blocks", _operands({"scores": scores}, batch), out, **options)
 
 
 def dense_attention(
@@ -65,7 +76,7 @@ def dense_attention(
       ValueError: as `index_score`.
     """
     operands = _operands({"q": q, "k_cache": k_cache, "v_cache": v_cache}, batch)
-    return _attention("dense_attention", operands, out, scale=scale, impl=impl)
+    return _run("dense_attention", operands, out, scale=scale, impl=impl)
 
 
 def sparse_attention(
@@ -81,7 +92,7 @@ def sparse_attention(
 ) -> Any:
     """`minimax_kernels.sparse_attention` on tensors: `dense_attention` over `selected` [Hkv, T, topk] blocks."""
     operands = _operands({"q": q, "k_cache": k_cache, "v_cache": v_cache, "selected": selected}, batch)
-    return _attention("sparse_attention", operands, out, scale=scale, impl=impl)
+    return _run("sparse_attention", operands, out, scale=scale, impl=impl)
 
 
 def msa(
@@ -102,7 +113,7 @@ def msa(
     """`minimax_kernels.msa` on tensors: score, select and attend in one; `out` and errors as `dense_attention`."""
     tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "idx_q": idx_q, "index_cache": index_cache}
     selection = {"topk": topk, "init_blocks": init_blocks, "local_blocks": local_blocks}
-    return _attention("msa", _operands(tensors, batch), out, scale=scale, **selection, impl=impl)
+    return _run("msa", _operands(tensors, batch), out, scale=scale, **selection, impl=impl)
 
 
 def _operands(tensors: dict[str, Any], batch: Batch) -> list[Any]:
@@ -127,15 +138,27 @@ def _plain(tensor: Any) -> Any:
     return (tensor.to(torch.int32) if tensor.dtype == torch.int64 else tensor).contiguous()
 
 
-def _attention(name: str, operands: list[Any], out: Any, **options: Any) -> Any:
-    options["scale"] = checks.check_scale(options["scale"])
+def _run(name: str, operands: list[Any], out: Any, **options: Any) -> Any:
+    if "scale" in options:
+        options["scale"] = checks.check_scale(options["scale"])
     if out is None:
         return getattr(torch.ops.minimax_jax, name)(*operands, **options)
-    check_operand("out", out, FLOATS, operands[0].device)
-    if out.shape != operands[0].shape:  # torch.compile must not resize it, so nobody does
-        raise ValueError(f"out has shape {tuple(out.shape)}: must be {tuple(operands[0].shape)}, as q")
+    shape, dtype = _result(name, operands, options)
+    check_operand("out", out, INTEGERS if dtype == torch.int32 else FLOATS, operands[0].device)
+    if tuple(out.shape) != shape:  # torch.compile must not resize it, so nobody does
+        raise ValueError(f"out has shape {tuple(out.shape)}: must be {shape}, as the result")
     getattr(torch.ops.minimax_jax, f"{name}_out")(*operands, out, **options)
     return out
+
+
+def _result(name: str, operands: Sequence[Any], options: Mapping[str, Any]) -> tuple[tuple[int, ...], Any]:
+    """(shape, dtype) of an operation's result."""
+    first = operands[0]
+    if name == "index_score":
+        return (first.shape[1], first.shape[0], operands[-len(_BATCH)].shape[1]), torch.float32
+    if name == "select_blocks":
+        return (*first.shape[:2], options["topk"]), torch.int32
+    return tuple(first.shape), first.dtype
 
 
 @functools.cache
@@ -150,46 +173,41 @@ def _call(name: str, tensors: Sequence[Any], out: Any = None, **options: Any) ->
     names = (*_OPERATIONS[name][0], *_BATCH)
     arrays = [to_jax(tensor, operand) for operand, tensor in zip(names, tensors, strict=True)]
     batch = Batch(*arrays[-len(_BATCH) :])
+    if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{name}: JAX's kernels are not captured in a CUDA graph; call it outside of the capture")
     if tensors[-1].device.type == "cpu":  # lengths can be looked at without waiting for a device
         block_size = next((t.shape[-2] for n, t in zip(names, tensors, strict=True) if n.endswith("_cache")), None)
         checks.check_batch(batch, block_size)
-    if out is not None:
+    if out is not None and name in _KEEPS_ROWS:
         options["out"] = to_jax(out.contiguous(), "out")
     return to_torch(_compiled(name)(*arrays[: -len(_BATCH)], batch, **options))
 
 
-def _fake(name: str, tensors: Sequence[Any], **options: Any) -> Any:
-    """The shape and type of a result, for tracing."""
-    first, block_tables = tensors[0], tensors[-len(_BATCH)]
-    if name == "index_score":
-        return first.new_empty((first.shape[1], first.shape[0], block_tables.shape[1]), dtype=torch.float32)
-    if name == "select_blocks":
-        return first.new_empty((*first.shape[:2], options["topk"]), dtype=torch.int32)
-    return torch.empty_like(first, memory_format=torch.contiguous_format)
-
-
 def _register(name: str) -> None:
-    """Defines `torch.ops.minimax_jax.<name>` and, where there is an `out`, `<name>_out`, which mutates it."""
-    operands, options, has_out = _OPERATIONS[name]
+    """Defines `torch.ops.minimax_jax.<name>`, and `<name>_out`, which mutates its `out`."""
+    operands, options = _OPERATIONS[name]
     tensors = ", ".join(f"Tensor {operand}" for operand in (*operands, *_BATCH))
 
     def real(*args: Any, **kwargs: Any) -> Any:
         return _call(name, args, **kwargs)
 
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        shape, dtype = _result(name, args, kwargs)
+        return args[0].new_empty(shape, dtype=dtype)
+
     schema = f"({tensors}, *, {options}str? impl=None) -> Tensor"
-    torch.library.custom_op(f"minimax_jax::{name}", real, mutates_args=(), schema=schema).register_fake(
-        lambda *args, **kwargs: _fake(name, args, **kwargs)
+    unsafe = torch.Tag.cudagraph_unsafe  # inductor leaves it out of its CUDA graphs
+    torch.library.custom_op(f"minimax_jax::{name}", real, mutates_args=(), schema=schema, tags=unsafe).register_fake(
+        fake
     )
-    if not has_out:
-        return
 
     def into(*args: Any, **kwargs: Any) -> None:
         args[-1].copy_(_call(name, args[:-1], args[-1], **kwargs))
 
     schema = f"({tensors}, Tensor(a!) out, *, {options}str? impl=None) -> ()"
-    torch.library.custom_op(f"minimax_jax::{name}_out", into, mutates_args=("out",), schema=schema).register_fake(
-        lambda *args, **kwargs: None
-    )
+    torch.library.custom_op(
+        f"minimax_jax::{name}_out", into, mutates_args=("out",), schema=schema, tags=unsafe
+    ).register_fake(lambda *args, **kwargs: None)
 
 
 for _name in _OPERATIONS:  # torch keeps one registry a process; an operator has to be in it before its first call

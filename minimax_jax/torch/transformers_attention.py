@@ -69,8 +69,8 @@ def context_lengths(
     """What the kernels need of a causal mask, in the signature of transformers' mask registry.
 
     Returns:
-      [R] int32 tokens of context, the new ones included, if each token sees all before it in its row (padding
-      on the right is seen by no token). Else transformers' own mask, [R, 1, L, S] bool.
+      [R, 1, 1, 1] int32 tokens of context, the new ones included, if each token sees all before it in its row
+      (padding on the right is seen by no token). Else transformers' own mask, [R, 1, L, S] bool.
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -81,7 +81,7 @@ def context_lengths(
         plain = bool((kept[:, 1:] <= kept[:, :-1]).all())  # one look at the device a forward pass
     if plain:
         length = torch.as_tensor(q_offset + q_length, dtype=torch.int32, device=device)
-        return length.reshape(1).expand(batch_size)
+        return length.reshape(1, 1, 1, 1).expand(batch_size, 1, 1, 1)  # transformers takes 4 axes as ready-made
     kwargs["allow_is_causal_skip"] = False
     return sdpa_mask(
         batch_size=batch_size,
@@ -125,7 +125,7 @@ def minimax_attention(
         raise ValueError(f"dropout = {dropout}: must be 0 with attn_implementation = {IMPLEMENTATION!r}")
     if attention_mask is None:  # a layer that is called by itself
         attention_mask = torch.full((query.shape[0],), key.shape[2], dtype=torch.int32, device=query.device)
-    if attention_mask.ndim != 1:
+    if attention_mask.dtype != torch.int32 or attention_mask.numel() != query.shape[0]:
         return _masked(module, query, key, value, attention_mask, scaling, block_indices, **kwargs)
     rows, kv_heads, tokens = query.shape[0], key.shape[1], query.shape[2]
     block_size = module.config.index_block_size
@@ -133,7 +133,7 @@ def minimax_attention(
     requests = rows * kv_heads
     starts = torch.arange(requests + 1, dtype=torch.int32, device=query.device) * tokens
     tables = torch.arange(k_pages.shape[0], dtype=torch.int32, device=query.device).view(requests, -1)
-    batch = Batch(tables, starts, attention_mask.repeat_interleave(kv_heads))
+    batch = Batch(tables, starts, attention_mask.flatten().repeat_interleave(kv_heads))
     total, size = requests * tokens, bucket(requests * tokens)
     q = query.new_zeros((size, query.shape[1] // kv_heads, query.shape[3]))
     grouped = query.unflatten(1, (kv_heads, -1)).transpose(2, 3)  # [R, Hkv, L, G, D]

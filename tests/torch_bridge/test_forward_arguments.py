@@ -211,6 +211,22 @@ def test_writing_to_results_changes_nothing_else(pair, inputs):
     assert torch.equal(ours(inputs["input_ids"]).logits, before)
 
 
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+def test_inputs_may_be_written_over_after_a_call(pair, kind):
+    """Nothing that a call was given is read once it has returned."""
+    _, ours = pair
+    ids, mask = kind([[1, 2, 3, 4]] * 2), kind([[1, 1, 1, 1], [1, 1, 0, 0]])
+    labels, positions = kind([[1, 2, 3, 4]] * 2), kind([[0, 1, 2, 3]] * 2)
+    given = {"input_ids": ids, "attention_mask": mask, "labels": labels, "position_ids": positions}
+    expected = [np.asarray(value) for value in ours(**given, return_dict=False)]
+    out = ours(**given, use_cache=True)
+    for array in given.values():
+        array[:] = 0
+    for value, reference in zip((out.loss, out.logits), expected, strict=True):
+        np.testing.assert_allclose(np.asarray(value), reference, atol=1e-5)
+    assert out.past_key_values.kept.tolist() == [[True] * 4, [True, True, False, False]]
+
+
 IDS = [[1, 2, 3]]
 
 

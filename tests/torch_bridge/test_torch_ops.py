@@ -62,14 +62,28 @@ def test_out_takes_the_result_and_keeps_rows_without_a_token(name):
     assert torch.equal(in_place[:live], expected[:live])
 
 
+@pytest.mark.parametrize("name", ["index_score", "select_blocks"])
+def test_out_takes_scores_and_selections(name):
+    given = tensors()
+    expected = run(name, given)
+    for dtype in (expected.dtype, torch.int64 if expected.dtype == torch.int32 else torch.bfloat16):
+        out = torch.zeros(expected.shape[::-1], dtype=dtype).permute(2, 1, 0)
+        assert run(name, given, out=out) is out
+        torch.testing.assert_close(out, expected.to(dtype))
+    with pytest.raises(ValueError, match=r"out has shape \(1, 2\): must be \(2, 9, "):
+        run(name, given, out=torch.zeros(1, 2, dtype=expected.dtype))
+    with pytest.raises(ValueError, match="out is bool: must be one of"):
+        run(name, given, out=torch.zeros(expected.shape, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_opcheck(name):
     """Schema (what is mutated), fake implementation, autograd registration, tracing with dynamic shapes."""
     given, options = tensors(), OPERATIONS[name][1]
     torch.library.opcheck(getattr(torch.ops.minimax_jax, name), raw_operands(name, given), options)
-    if name in WITH_OUT:
-        operator = getattr(torch.ops.minimax_jax, f"{name}_out")
-        torch.library.opcheck(operator, (*raw_operands(name, given), torch.zeros_like(given["q"])), options)
+    out = torch.zeros_like(run(name, given))
+    operator = getattr(torch.ops.minimax_jax, f"{name}_out")
+    torch.library.opcheck(operator, (*raw_operands(name, given), out), options)
 
 
 class Layer(torch.nn.Module):

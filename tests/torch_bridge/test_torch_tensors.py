@@ -91,7 +91,7 @@ def test_operands_that_do_not_fit_are_named(change, message):
 @pytest.mark.parametrize(
     ("out", "message"),
     [
-        (torch.zeros(9, 4, 16), r"out has shape \(9, 4, 16\): must be \(9, 4, 32\), as q"),
+        (torch.zeros(9, 4, 16), r"out has shape \(9, 4, 16\): must be \(9, 4, 32\), as the result"),
         (torch.zeros(9, 4, 32, dtype=torch.float64), "out is float64"),
         (torch.zeros(9, 4, 32, requires_grad=True), "out requires grad"),
         (torch.zeros(9, 4, 32, device="meta"), "out is on meta"),
