@@ -4,9 +4,10 @@
   python scripts/check_torch_gpu.py --out results            one H100: about a minute
   python scripts/check_torch_gpu.py --device cpu --small     a try without a GPU
 
-Parts: addresses (nothing is copied), streams (a side stream, behind slow work and in front of writes), logits and
-tokens (transformers' MiniMax-M3 with its own attention and with these kernels, bfloat16), speed (eager, sdpa and these
-kernels at 8192 tokens of context), compiled (torch.compile and opcheck). Writes torch_bridge.json to --out.
+Parts: addresses (nothing is copied), streams (a side stream, behind slow work and in front of writes), model (turns
+against one pass, on this device), logits and tokens (transformers' MiniMax-M3 with its own attention and with these
+kernels, bfloat16), speed (eager, sdpa and these kernels at 8192 tokens of context), compiled (torch.compile and
+opcheck). Writes torch_bridge.json to --out.
 Needs torch and transformers. Exit status: 0, or 1 when a part failed.
 """
 
@@ -29,9 +30,17 @@ import jax  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from benchmarks.torch_bridge import memory_checks, transformers_checks  # noqa: E402
+from benchmarks.torch_bridge import memory_checks, model_checks, transformers_checks  # noqa: E402
 
-PARTS = ("addresses", "streams", "logits", "tokens", "speed", "compiled")
+PARTS = {
+    "addresses": memory_checks,
+    "streams": memory_checks,
+    "model": model_checks,
+    "logits": transformers_checks,
+    "tokens": transformers_checks,
+    "speed": transformers_checks,
+    "compiled": memory_checks,
+}
 
 
 def say(text: str) -> None:
@@ -64,11 +73,8 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     for part in parts:
         try:
-            if part == "speed":
-                report[part] = transformers_checks.speed(device, args.small, say)
-            else:
-                home = transformers_checks if part in ("logits", "tokens") else memory_checks
-                report[part] = getattr(home, part)(device, args.small)
+            more = {"say": say} if part == "speed" else {}
+            report[part] = getattr(PARTS[part], part)(device, args.small, **more)
         except Exception as error:  # noqa: BLE001 - the other parts still tell something
             traceback.print_exc()
             report[part] = {"ok": False, "error": f"{type(error).__name__}: {error}"}

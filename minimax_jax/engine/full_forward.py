@@ -134,7 +134,7 @@ class FullForward:
         comm = SINGLE_DEVICE if self._ranks is None else self._ranks.comm
         model = merge_model(self._graphdef, dict(zip(self._names, leaves, strict=True)))
         if caches is None:
-            attend: Any = ReferenceAttend(self._config, step.query_starts, step.tokens.shape[0], max_len)
+            attend: Any = ReferenceAttend(self._config, step.query_starts, step.tokens.shape[0], max_len, impl=None)
         else:
             block_tables, kv_lens, slots = step.context
             attend = TracedAttend(self._config, caches, Batch(block_tables, step.query_starts, kv_lens), slots)
