@@ -20,11 +20,11 @@ from minimax_jax.engine.execution import check_execution
 from minimax_jax.engine.full_forward import FullForward
 from minimax_jax.engine.generation import generate_tokens
 from minimax_jax.engine.generation_config import GenerationConfig
-from minimax_jax.engine.prompts import Prompts, host_array, is_torch_tensor, read_prompts
+from minimax_jax.engine.prompts import Prompts, is_torch_tensor, read_prompts
 from minimax_jax.engine.steps import Steps
-from minimax_jax.forward_arguments import kept_columns, new_columns, read_positions, wanted_tokens
+from minimax_jax.forward_arguments import kept_columns, new_columns, read_labels, read_positions, wanted_tokens
 from minimax_jax.generation_arguments import generation_options
-from minimax_jax.loss import causal_lm_loss, check_labels, load_balancing_loss
+from minimax_jax.loss import causal_lm_loss, load_balancing_loss
 from minimax_jax.model import MiniMaxM3, abstract_model, split_model
 from minimax_jax.module_interface import ModuleInterface, dtype_name, find_device
 from minimax_jax.outputs import CausalLMOutput
@@ -210,7 +210,8 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
           attention_mask: of the same shape, 0 on padding; or [R, S + L], with the columns of the context first.
           position_ids: of the same shape, for the rotary embedding; None counts each row's tokens.
           past_key_values: the context that the ids continue, from an earlier call; it is extended in place.
-          labels: of the same shape, ids or -100, for `.loss`: each token's logits against the next label.
+          labels: of the same shape, ids or -100, for `.loss`: each token's logits against the next label; padding does
+            not count.
           use_cache: whether to keep the context (`.past_key_values`); None: if one was given.
           output_hidden_states: whether to give these.
           output_router_logits: the same, and the auxiliary loss, which `.loss` then includes; None: as the config says.
@@ -221,46 +222,49 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
           ValueError: for an empty or too long prompt, ids outside the vocabulary, and arguments that do not fit.
         """
         past = past_key_values
+        if past is not None:
+            self._check_past(past, use_cache)
         mask = new_columns(attention_mask, input_ids, past)
         prompts = self._read(input_ids, mask, least=1 if past is None else 0)
         kept = prompts.kept
-        if labels is not None:
-            labels = check_labels(host_array(labels), kept.shape, self.config.vocab_size)
         columns = kept_columns(logits_to_keep, kept.shape[1])
-        if labels is not None and len(columns) != kept.shape[1]:
-            raise ValueError("labels and logits_to_keep: the loss needs the logits of all columns")
+        if labels is not None:
+            labels = read_labels(labels, kept, self.config.vocab_size)
+            if not np.array_equal(columns, np.arange(kept.shape[1])):
+                raise ValueError("labels and logits_to_keep: the loss needs the logits of all columns")
         positions = read_positions(position_ids, prompts, self.config.max_position_embeddings)
         if past is None and use_cache:
             past = self.empty_past_key_values(len(kept))
         elif past is not None:
-            self._check_past(past, prompts, use_cache)
-        router = self.config.extra.get("output_router_logits", False) if output_router_logits is None else None
-        router = bool(output_router_logits if router is None else router)
+            self._check_turn(past, kept)
+        if output_router_logits is None:
+            output_router_logits = self.config.extra.get("output_router_logits", False)
         wanted, order = wanted_tokens(kept, columns)
-        options = {"hidden_states": bool(output_hidden_states), "router_logits": router}
-        out = self._forward(self._leaves, prompts.tokens, positions=positions, wanted=wanted, past=past, **options)
+        out = self._forward(
+            self._leaves,
+            prompts.tokens,
+            positions=positions,
+            wanted=wanted,
+            past=past,
+            hidden_states=bool(output_hidden_states),
+            router_logits=bool(output_router_logits),
+        )
         if past is not None:
             past.append(kept)
         logits = _place_rows(out.logits, kept[:, columns], order)
-        loss = None if labels is None else causal_lm_loss(logits, labels)
         routers = tuple(_place_rows(rows, kept).reshape(kept.size, -1) for rows in out.router_logits)
-        aux_loss = None
-        if routers:
-            aux_loss = load_balancing_loss(routers, kept.reshape(-1), per_token=self.config.num_experts_per_tok)
-            if loss is not None:
-                loss = loss + self.config.extra.get("router_aux_loss_coef", _AUX_LOSS_COEF) * aux_loss
-        hidden = tuple(_place_rows(rows, kept) for rows in out.hidden_states)
+        loss, aux_loss = self._losses(logits, labels, routers, kept)
 
-        def like(array: Any) -> Any:
+        def given_out(array: Any) -> Any:
             return None if array is None else self._result(input_ids, array)
 
         result = CausalLMOutput(
-            logits=like(logits),
-            loss=like(loss),
-            aux_loss=like(aux_loss),
+            logits=given_out(logits),
+            loss=given_out(loss),
+            aux_loss=given_out(aux_loss),
             past_key_values=past,
-            hidden_states=tuple(map(like, hidden)) if output_hidden_states else None,
-            router_logits=tuple(map(like, routers)) if router else None,
+            hidden_states=tuple(given_out(_place_rows(rows, kept)) for rows in out.hidden_states) or None,
+            router_logits=tuple(map(given_out, routers)) if output_router_logits else None,
         )
         return result if return_dict else result.to_tuple()
 
@@ -278,22 +282,35 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
         place = self._leaves[0].sharding if self.ranks is None else self.ranks.cache_placement
         return PastKeyValues(self.config, batch_size, self._dtype, place, max_cache_len=max_cache_len)
 
-    def _check_past(self, past: PastKeyValues, prompts: Prompts, use_cache: bool | None) -> None:
+    def _losses(
+        self, logits: jax.Array, labels: Any, routers: tuple[jax.Array, ...], kept: np.ndarray
+    ) -> tuple[Any, Any]:
+        """(loss, auxiliary loss), None where labels or routers are not there."""
+        loss = None if labels is None else causal_lm_loss(logits, labels)
+        if not routers:
+            return loss, None
+        aux_loss = load_balancing_loss(routers, kept.reshape(-1), per_token=self.config.num_experts_per_tok)
+        if loss is not None:
+            loss = loss + self.config.extra.get("router_aux_loss_coef", _AUX_LOSS_COEF) * aux_loss
+        return loss, aux_loss
+
+    def _check_past(self, past: PastKeyValues, use_cache: bool | None) -> None:
         if not isinstance(past, PastKeyValues):
             raise ValueError(f"past_key_values is {type(past).__name__}: must come from an earlier call of this model")
         if use_cache is False:
             raise ValueError("use_cache = False: must be True or None with past_key_values, which the call extends")
         if past.config != self.config or past.dtype != self._dtype:
             raise ValueError("past_key_values is of another model: must come from an earlier call of this one")
-        if past.batch_size != len(prompts.tokens):
-            raise ValueError(f"input_ids has {len(prompts.tokens)} rows: must be {past.batch_size}, as past_key_values")
-        if not prompts.kept.any():
+
+    def _check_turn(self, past: PastKeyValues, kept: np.ndarray) -> None:
+        if past.batch_size != len(kept):
+            raise ValueError(f"input_ids has {len(kept)} rows: must be {past.batch_size}, as past_key_values")
+        if not kept.any():
             raise ValueError("input_ids is empty: at least one row needs a token")
-        most = int((past.kv_lens + prompts.kept.sum(axis=1)).max())
-        if most > self.config.max_position_embeddings:
+        most, limit = int((past.kv_lens + kept.sum(axis=1)).max()), self.config.max_position_embeddings
+        if most > limit:
             raise ValueError(
-                f"input_ids ends at {most} tokens with past_key_values: at most max_position_embeddings = "
-                f"{self.config.max_position_embeddings} fit"
+                f"input_ids ends at {most} tokens with past_key_values: at most max_position_embeddings = {limit} fit"
             )
 
     def generate(

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 
 from minimax_jax.cache import PastKeyValues
 from minimax_jax.engine.prompts import Prompts, host_array
+from minimax_jax.loss import IGNORED
 
 
 def new_columns(attention_mask: Any, input_ids: Any, past: PastKeyValues | None) -> Any:
@@ -57,6 +58,25 @@ def read_positions(position_ids: Any, prompts: Prompts, most: int) -> list[Int[n
     if outside.any():
         raise ValueError(f"position_ids holds {int(array[outside][0])}: must be within 0..{most - 1}")
     return [row[kept].astype(np.int32) for row, kept in zip(array, prompts.kept, strict=True)]
+
+
+def read_labels(labels: Any, kept: Bool[np.ndarray, "R L"], vocab_size: int) -> Int[np.ndarray, "R L"]:
+    """Labels on the host; those of padding, and of tokens that follow padding, are made -100.
+
+    Raises:
+      ValueError: for another shape, other types than integers, or ids outside the vocabulary other than -100.
+    """
+    array = np.atleast_2d(host_array(labels))
+    if array.shape != kept.shape:
+        raise ValueError(f"labels has shape {array.shape}: must be {kept.shape}, as input_ids")
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"labels is {array.dtype}: must be integers")
+    outside = (array != IGNORED) & ((array < 0) | (array >= vocab_size))
+    if outside.any():
+        raise ValueError(f"labels holds {int(array[outside][0])}: must be within 0..{vocab_size - 1}, or {IGNORED}")
+    counts = kept.copy()
+    counts[:, 1:] &= kept[:, :-1]
+    return np.where(counts, array, IGNORED).astype(np.int32)
 
 
 def kept_columns(logits_to_keep: Any, length: int) -> Int[np.ndarray, "K"]:

@@ -3,33 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 IGNORED = -100
-
-
-def check_labels(labels: Any, shape: tuple[int, ...], vocab_size: int) -> Int[np.ndarray, "R L"]:
-    """Labels on the host.
-
-    Raises:
-      ValueError: for another shape, other types than integers, or ids outside the vocabulary other than -100.
-    """
-    array = np.asarray(labels)
-    if array.ndim == 1:
-        array = array[None]
-    if array.shape != shape:
-        raise ValueError(f"labels has shape {array.shape}: must be {shape}, as input_ids")
-    if array.dtype.kind not in "iu":
-        raise ValueError(f"labels is {array.dtype}: must be integers")
-    outside = (array != IGNORED) & ((array < 0) | (array >= vocab_size))
-    if outside.any():
-        raise ValueError(f"labels holds {int(array[outside][0])}: must be within 0..{vocab_size - 1}, or {IGNORED}")
-    return array.astype(np.int32)
 
 
 @jax.jit

@@ -68,6 +68,17 @@ def test_loss_hidden_states_and_router_logits_are_transformers(pair, inputs):
     assert abs(float(out.loss) - float(plain)) > 1e-4  # the auxiliary loss is in it
 
 
+def test_padding_counts_in_no_loss(pair, inputs):
+    _, ours = pair
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    expected = ours(ids, mask, labels=ids.masked_fill(mask == 0, -100)).loss
+    assert torch.equal(ours(ids, mask, labels=ids).loss, expected)
+    left = [tensor.clone() for tensor in (ids, mask)]
+    for tensor in left:
+        tensor[1] = tensor[1].roll(LENGTH - 61)
+    torch.testing.assert_close(ours(*left, labels=left[0]).loss, expected)
+
+
 def test_turns_equal_one_pass_and_transformers(pair, inputs):
     theirs, ours = pair
     ids = inputs["input_ids"]
@@ -252,6 +263,8 @@ IDS = [[1, 2, 3]]
         ({"position_ids": [[0, 1, 256]]}, "position_ids holds 256: must be within 0..255"),
         ({"position_ids": [[0.0, 1.0, 2.0]]}, "position_ids is float64: must be integers"),
         ({"past_key_values": {}}, "past_key_values is dict: must come from an earlier call"),
+        ({"past_key_values": {}, "attention_mask": [[1, 1, 1]]}, "past_key_values is dict"),
+        ({"labels": IDS, "logits_to_keep": [2, 1, 0]}, "labels and logits_to_keep"),
         ({"input_ids": [[]]}, r"input_ids\[0\] is empty"),
     ],
 )

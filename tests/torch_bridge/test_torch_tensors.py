@@ -1,5 +1,7 @@
 """Tensors across the bridge: addresses prove that nothing is copied; what does not fit is named."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,6 +12,7 @@ from small_batch import OPERATIONS, batch_of, tensors  # noqa: E402
 import minimax_jax.torch as bridge  # noqa: E402
 import minimax_jax.torch.ops as ops  # noqa: E402
 from minimax_jax.torch import Batch, to_jax, to_torch  # noqa: E402
+from minimax_jax.torch.tensors import _check_device  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.bool])
@@ -147,6 +150,14 @@ def test_arrays_and_tensors_that_cannot_cross_are_named():
     spread = jax.device_put(jnp.zeros(4), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x")))
     with pytest.raises(ValueError, match="array is on 2 devices: must be on one"):
         to_torch(spread)
+
+
+def test_cuda_tensors_without_jax_on_cuda_are_named():
+    if any(device.platform == "gpu" for device in jax.devices()):
+        pytest.skip("JAX has CUDA here")
+    tensor = types.SimpleNamespace(device=torch.device("cuda:0"))
+    with pytest.raises(ValueError, match=r"q is on cuda:0: JAX sees no CUDA device; install minimax-jax\[cuda12\]"):
+        _check_device("q", tensor)
 
 
 def test_batch_is_the_kernels_own():
