@@ -16,7 +16,7 @@ import jax
 import torch
 
 import minimax_kernels
-from minimax_jax.torch.tensors import FLOATS, INTEGERS, check_operand, to_jax, to_torch
+from minimax_jax.torch.tensors import FLOATS, INTEGERS, check_operand, is_aligned, to_jax, to_torch
 from minimax_kernels import Batch, checks
 
 _OPTIONS = ("scale", "topk", "init_blocks", "local_blocks", "impl")
@@ -171,7 +171,7 @@ def _compiled(name: str) -> Callable[..., jax.Array]:
 def _call(name: str, tensors: Sequence[Any], out: Any = None, **options: Any) -> Any:
     """Runs an operation on real tensors; afterwards, in stream order, JAX holds none of them."""
     names = (*_OPERATIONS[name][0], *_BATCH)
-    arrays = [to_jax(tensor, operand) for operand, tensor in zip(names, tensors, strict=True)]
+    arrays = [to_jax(_placed(operand, tensor), operand) for operand, tensor in zip(names, tensors, strict=True)]
     batch = Batch(*arrays[-len(_BATCH) :])
     if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"{name}: JAX's kernels are not captured in a CUDA graph; call it outside of the capture")
@@ -179,8 +179,13 @@ def _call(name: str, tensors: Sequence[Any], out: Any = None, **options: Any) ->
         block_size = next((t.shape[-2] for n, t in zip(names, tensors, strict=True) if n.endswith("_cache")), None)
         checks.check_batch(batch, block_size)
     if out is not None and name in _KEEPS_ROWS:
-        options["out"] = to_jax(out.contiguous(), "out")
+        options["out"] = to_jax(_placed("out", out.contiguous()), "out")
     return to_torch(_compiled(name)(*arrays[: -len(_BATCH)], batch, **options))
+
+
+def _placed(name: str, tensor: Any) -> Any:
+    """A small operand where XLA can address it; a cache as it is."""
+    return tensor if name.endswith("_cache") or is_aligned(tensor) else tensor.clone()
 
 
 def _register(name: str) -> None:

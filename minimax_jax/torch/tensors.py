@@ -10,6 +10,8 @@ import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
+# Bytes that addresses must be multiples of: on a CPU XLA copies what is not, on CUDA its kernels take it for granted.
+_ALIGNMENT = {"cpu": 64, "cuda": 16}
 
 
 def check_operand(name: str, tensor: Any, dtypes: tuple[Any, ...], device: Any = None) -> None:
@@ -32,7 +34,7 @@ def to_jax(tensor: Any, name: str = "tensor") -> jax.Array:
     The array must not outlive the next write to the tensor: JAX takes arrays to be constant.
 
     Args:
-      tensor: contiguous, float32, bfloat16, float16, int32 or bool, or int64, which is copied to int32.
+      tensor: contiguous, aligned, float32, bfloat16, float16, int32 or bool, or int64, which is copied to int32.
       name: for messages.
 
     Raises:
@@ -42,8 +44,18 @@ def to_jax(tensor: Any, name: str = "tensor") -> jax.Array:
     if not tensor.is_contiguous():
         raise ValueError(f"{name} is not contiguous (strides {tensor.stride()}): must be; .contiguous() makes a copy")
     _check_device(name, tensor)
+    if not is_aligned(tensor):
+        raise ValueError(
+            f"{name} starts off a multiple of {_ALIGNMENT[tensor.device.type]} bytes: must be aligned, for XLA; "
+            ".clone() makes a copy"
+        )
     given = tensor.detach()
     return jax.dlpack.from_dlpack(given.to(torch.int32) if given.dtype == torch.int64 else given)
+
+
+def is_aligned(tensor: Any) -> bool:
+    """Whether XLA can use a tensor's memory as it is; a view into another tensor may start anywhere."""
+    return tensor.numel() == 0 or tensor.data_ptr() % _ALIGNMENT.get(tensor.device.type, 1) == 0
 
 
 def to_torch(array: jax.Array) -> Any:

@@ -48,15 +48,21 @@ def test_operations_read_the_tensors_where_they_lie(name, monkeypatch):
     assert seen == [*(given[operand].data_ptr() for operand in (*operands, *batch)), result.data_ptr()]
 
 
-def test_a_cache_in_memory_that_jax_cannot_address_is_still_right():
-    """XLA wants buffers aligned; a slice that is not is copied by the import, and the result is the same."""
+def off_alignment(tensor):
+    """The same values four bytes further on."""
+    return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape).copy_(tensor)
+
+
+def test_small_operands_off_their_alignment_are_copied():
     given = tensors()
     operands, options = OPERATIONS["msa"]
     expected = bridge.msa(*(given[operand] for operand in operands), batch_of(given), **options)
-    for name in ("k_cache", "v_cache", "index_cache"):
-        shifted = torch.empty(given[name].numel() + 1)[1:].view(given[name].shape)
-        given[name] = shifted.copy_(given[name])
-    assert torch.equal(bridge.msa(*(given[operand] for operand in operands), batch_of(given), **options), expected)
+    for name in ("q", "idx_q", "block_tables", "query_starts", "kv_lens"):
+        given[name] = off_alignment(given[name])
+    out = off_alignment(torch.zeros_like(expected))
+    address = out.data_ptr()
+    bridge.msa(*(given[operand] for operand in operands), batch_of(given), **options, out=out)
+    assert torch.equal(out, expected) and out.data_ptr() == address
 
 
 def changed(**changes):
@@ -72,6 +78,7 @@ def changed(**changes):
         (changed(k_cache=lambda t: t.half().double()), "k_cache is float64"),
         (changed(k_cache=lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)), "k_cache is not contiguous"),
         (changed(index_cache=lambda t: t[::2].repeat(2, 1, 1)[::2]), "index_cache is not contiguous"),
+        (changed(k_cache=off_alignment), "k_cache starts off a multiple of 64 bytes: must be aligned"),
         (changed(v_cache=lambda t: t.to("meta")), "v_cache is on meta: must be on cpu, as the other operands"),
         (changed(q=lambda t: t.requires_grad_()), "q requires grad: these operations have no gradient"),
         (changed(q=lambda t: t[:, :3].contiguous()), "q's Hq = 3: must be a multiple of k_cache's Hkv = 2"),
@@ -142,6 +149,8 @@ def test_parameters_are_taken_where_no_gradient_is_wanted():
 def test_arrays_and_tensors_that_cannot_cross_are_named():
     with pytest.raises(ValueError, match=r"x is not contiguous \(strides \(1, 2\)\)"):
         to_jax(torch.zeros(2, 3).T.contiguous().T, "x")
+    with pytest.raises(ValueError, match="tensor starts off a multiple of 64 bytes"):
+        to_jax(torch.zeros(8)[1:])
     with pytest.raises(ValueError, match="tensor is on meta: must be on a CPU or a CUDA device"):
         to_jax(torch.zeros(2, device="meta"))
     with pytest.raises(ValueError, match="tensor is complex64"):
