@@ -115,6 +115,13 @@ def test_the_bridge_loads_torch_alone():
     assert loaded_after("import minimax_jax.torch") & {"torch", "transformers"} == {"torch"}
 
 
+def test_the_bridge_says_what_it_needs():
+    code = "import sys; sys.modules['torch'] = None; import minimax_jax.torch"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "ImportError: minimax_jax.torch needs torch: pip install 'minimax-jax[torch]'" in run.stderr
+
+
 def test_kernels_import_alone():
     loaded = loaded_after("import minimax_kernels")
     assert "minimax_kernels" in loaded

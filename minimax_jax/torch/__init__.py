@@ -3,6 +3,11 @@
 Importing it needs torch (`pip install 'minimax-jax[torch]'`); the rest of `minimax_jax` never imports it.
 """
 
+try:
+    import torch  # noqa: F401
+except ImportError as error:
+    raise ImportError("minimax_jax.torch needs torch: pip install 'minimax-jax[torch]'") from error
+
 from minimax_jax.torch.cache_writes import write_index, write_kv
 from minimax_jax.torch.causal_lm import MiniMaxM3ForCausalLM
 from minimax_jax.torch.ops import dense_attention, index_score, msa, select_blocks, sparse_attention

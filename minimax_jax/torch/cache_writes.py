@@ -6,21 +6,27 @@ These need no JAX: the tensors' owner writes them, so that autograd's version co
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from minimax_jax.torch.tensors import FLOATS, INTEGERS, check_operand
 from minimax_kernels import checks
 
 
-def write_kv(k_cache: Any, v_cache: Any, k: Any, v: Any, slots: Any) -> tuple[Any, Any]:
+def write_kv(
+    k_cache: Float[Tensor, "P Hkv B D"],
+    v_cache: Float[Tensor, "P Hkv B D"],
+    k: Float[Tensor, "T Hkv D"],
+    v: Float[Tensor, "T Hkv D"],
+    slots: Int[Tensor, "T"],
+) -> tuple[Float[Tensor, "P Hkv B D"], Float[Tensor, "P Hkv B D"]]:
     """Writes each token's key and value to its slot, in place.
 
     Args:
-      k_cache, v_cache: [P, Hkv, B, D] pages of B tokens.
-      k, v: [T, Hkv, D] new keys and values; cast to the caches' type.
-      slots: [T] int, page * B + offset of each token; one that is outside the pages, such as -1, is skipped.
+      k_cache, v_cache: pages of B tokens.
+      k, v: new keys and values; cast to the caches' type.
+      slots: page * B + offset of each token; one that is outside the pages, such as -1, is skipped.
 
     Returns:
       The two caches.
@@ -44,8 +50,12 @@ def write_kv(k_cache: Any, v_cache: Any, k: Any, v: Any, slots: Any) -> tuple[An
     return k_cache, v_cache
 
 
-def write_index(index_cache: Any, idx_k: Any, slots: Any) -> Any:
-    """Writes each token's index key, [T, 1, D] or [T, D], to its slot of [P, B, D], in place; see `write_kv`."""
+def write_index(
+    index_cache: Float[Tensor, "P B D"],
+    idx_k: Float[Tensor, "T 1 D"] | Float[Tensor, "T D"],
+    slots: Int[Tensor, "T"],
+) -> Float[Tensor, "P B D"]:
+    """Writes each token's index key to its slot, in place; see `write_kv`."""
     checks.check_rank("index_cache", index_cache, "[P, B, D]")
     if idx_k.ndim == 3 and idx_k.shape[1] == 1:
         idx_k = idx_k[:, 0]
@@ -58,13 +68,13 @@ def write_index(index_cache: Any, idx_k: Any, slots: Any) -> Any:
     return index_cache
 
 
-def _check_slots(slots: Any, rows: Any, name: str) -> None:
+def _check_slots(slots: Tensor, rows: Tensor, name: str) -> None:
     check_operand("slots", slots, INTEGERS, rows.device)
     checks.check_rank("slots", slots, "[T]")
     checks.check_extent("slots", "T", slots.shape[0], rows.shape[0], f"in {name}")
 
 
-def _write(cache: Any, rows: Any, slots: Any) -> None:
+def _write(cache: Float[Tensor, "P H B D"], rows: Float[Tensor, "T H D"], slots: Int[Tensor, "T"]) -> None:
     """Rows that are skipped repeat the first one that is not, or write back what slot 0 holds: no mask on the host."""
     num_pages, _, block_size, _ = cache.shape
     if 0 in (*cache.shape, slots.shape[0]):

@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 import minimax_kernels
 from minimax_jax.torch.tensors import FLOATS, INTEGERS, check_operand, is_aligned, to_jax, to_torch
@@ -33,8 +35,15 @@ _KEEPS_ROWS = ("dense_attention", "sparse_attention", "msa")  # with out=, rows 
 _BATCH = ("block_tables", "query_starts", "kv_lens")
 
 
-def index_score(idx_q: Any, index_cache: Any, batch: Batch, *, out: Any = None, impl: str | None = None) -> Any:
-    """`minimax_kernels.index_score` on tensors: [T, Hi, D] and [P, B, D] -> [Hi, T, N] float32.
+def index_score(
+    idx_q: Float[Tensor, "T Hi D"],
+    index_cache: Float[Tensor, "P B D"],
+    batch: Batch,
+    *,
+    out: Float[Tensor, "Hi T N"] | None = None,
+    impl: str | None = None,
+) -> Float[Tensor, "Hi T N"]:
+    """`minimax_kernels.index_score` on tensors; float32.
 
     Args:
       batch: with tensors as its fields.
@@ -48,26 +57,31 @@ def index_score(idx_q: Any, index_cache: Any, batch: Batch, *, out: Any = None, 
 
 
 def select_blocks(
-    scores: Any,
+    scores: Float[Tensor, "Hi T N"],
     batch: Batch,
     *,
     topk: int,
     init_blocks: int = 0,
     local_blocks: int = 1,
-    out: Any = None,
+    out: Int[Tensor, "Hi T topk"] | None = None,
     impl: str | None = None,
-) -> Any:
-    """`minimax_kernels.select_blocks` on tensors: [Hi, T, N] -> [Hi, T, topk] int32; `out`, of integers, and errors as
-    `index_score`.
-    """
+) -> Int[Tensor, "Hi T topk"]:
+    """`minimax_kernels.select_blocks` on tensors; int32. `out`, of integers, and errors as `index_score`."""
     options = {"topk": topk, "init_blocks": init_blocks, "local_blocks": local_blocks, "impl": impl}
     return _run("select_blocks", _operands({"scores": scores}, batch), out, **options)
 
 
 def dense_attention(
-    q: Any, k_cache: Any, v_cache: Any, batch: Batch, *, scale: float, out: Any = None, impl: str | None = None
-) -> Any:
-    """`minimax_kernels.dense_attention` on tensors: [T, Hq, D] over pages [P, Hkv, B, D] -> [T, Hq, D].
+    q: Float[Tensor, "T Hq D"],
+    k_cache: Float[Tensor, "P Hkv B D"],
+    v_cache: Float[Tensor, "P Hkv B D"],
+    batch: Batch,
+    *,
+    scale: float,
+    out: Float[Tensor, "T Hq D"] | None = None,
+    impl: str | None = None,
+) -> Float[Tensor, "T Hq D"]:
+    """`minimax_kernels.dense_attention` on tensors.
 
     Args:
       out: takes the result and is returned; of q's shape, any float type; rows without a token keep what they hold.
@@ -80,48 +94,49 @@ def dense_attention(
 
 
 def sparse_attention(
-    q: Any,
-    k_cache: Any,
-    v_cache: Any,
-    selected: Any,
+    q: Float[Tensor, "T Hq D"],
+    k_cache: Float[Tensor, "P Hkv B D"],
+    v_cache: Float[Tensor, "P Hkv B D"],
+    selected: Int[Tensor, "Hkv T topk"],
     batch: Batch,
     *,
     scale: float,
-    out: Any = None,
+    out: Float[Tensor, "T Hq D"] | None = None,
     impl: str | None = None,
-) -> Any:
-    """`minimax_kernels.sparse_attention` on tensors: `dense_attention` over `selected` [Hkv, T, topk] blocks."""
+) -> Float[Tensor, "T Hq D"]:
+    """`minimax_kernels.sparse_attention` on tensors; `out` and errors as `dense_attention`."""
     operands = _operands({"q": q, "k_cache": k_cache, "v_cache": v_cache, "selected": selected}, batch)
     return _run("sparse_attention", operands, out, scale=scale, impl=impl)
 
 
 def msa(
-    q: Any,
-    k_cache: Any,
-    v_cache: Any,
-    idx_q: Any,
-    index_cache: Any,
+    q: Float[Tensor, "T Hq D"],
+    k_cache: Float[Tensor, "P Hkv B D"],
+    v_cache: Float[Tensor, "P Hkv B D"],
+    idx_q: Float[Tensor, "T Hi Di"],
+    index_cache: Float[Tensor, "P B Di"],
     batch: Batch,
     *,
     scale: float,
     topk: int,
     init_blocks: int = 0,
     local_blocks: int = 1,
-    out: Any = None,
+    out: Float[Tensor, "T Hq D"] | None = None,
     impl: str | None = None,
-) -> Any:
+) -> Float[Tensor, "T Hq D"]:
     """`minimax_kernels.msa` on tensors: score, select and attend in one; `out` and errors as `dense_attention`."""
     tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "idx_q": idx_q, "index_cache": index_cache}
     selection = {"topk": topk, "init_blocks": init_blocks, "local_blocks": local_blocks}
     return _run("msa", _operands(tensors, batch), out, scale=scale, **selection, impl=impl)
 
 
-def _operands(tensors: dict[str, Any], batch: Batch) -> list[Any]:
+def _operands(tensors: dict[str, Tensor], batch: Batch) -> list[Tensor]:
     """Checks what torch knows; the operation itself checks the rest. Caches are never copied, small operands may be."""
     if not isinstance(batch, Batch):
         raise ValueError(f"batch is {type(batch).__name__}: must be a minimax_kernels.Batch of tensors")
-    device = next(iter(tensors.values())).device if isinstance(next(iter(tensors.values())), torch.Tensor) else None
-    operands = []
+    first = next(iter(tensors.values()))
+    device = first.device if isinstance(first, Tensor) else None
+    operands: list[Tensor] = []
     for name, tensor in tensors.items():
         check_operand(name, tensor, INTEGERS if name == "selected" else FLOATS, device)
         if name.endswith("_cache") and not tensor.is_contiguous():
@@ -134,11 +149,11 @@ def _operands(tensors: dict[str, Any], batch: Batch) -> list[Any]:
     return operands
 
 
-def _plain(tensor: Any) -> Any:
+def _plain(tensor: Tensor) -> Tensor:
     return (tensor.to(torch.int32) if tensor.dtype == torch.int64 else tensor).contiguous()
 
 
-def _run(name: str, operands: list[Any], out: Any, **options: Any) -> Any:
+def _run(name: str, operands: list[Tensor], out: Tensor | None, **options: Any) -> Tensor:
     if "scale" in options:
         options["scale"] = checks.check_scale(options["scale"])
     if out is None:
@@ -151,7 +166,7 @@ def _run(name: str, operands: list[Any], out: Any, **options: Any) -> Any:
     return out
 
 
-def _result(name: str, operands: Sequence[Any], options: Mapping[str, Any]) -> tuple[tuple[int, ...], Any]:
+def _result(name: str, operands: Sequence[Tensor], options: Mapping[str, Any]) -> tuple[tuple[int, ...], Any]:
     """(shape, dtype) of an operation's result."""
     first = operands[0]
     if name == "index_score":
@@ -168,7 +183,7 @@ def _compiled(name: str) -> Callable[..., jax.Array]:
     return jax.jit(operation, static_argnames=options)
 
 
-def _call(name: str, tensors: Sequence[Any], out: Any = None, **options: Any) -> Any:
+def _call(name: str, tensors: Sequence[Tensor], out: Tensor | None = None, **options: Any) -> Tensor:
     """Runs an operation on real tensors; afterwards, in stream order, JAX holds none of them."""
     names = (*_OPERATIONS[name][0], *_BATCH)
     arrays = [to_jax(_placed(operand, tensor), operand) for operand, tensor in zip(names, tensors, strict=True)]
@@ -183,7 +198,7 @@ def _call(name: str, tensors: Sequence[Any], out: Any = None, **options: Any) ->
     return to_torch(_compiled(name)(*arrays[: -len(_BATCH)], batch, **options))
 
 
-def _placed(name: str, tensor: Any) -> Any:
+def _placed(name: str, tensor: Tensor) -> Tensor:
     """A small operand where XLA can address it; a cache as it is."""
     return tensor if name.endswith("_cache") or is_aligned(tensor) else tensor.clone()
 
@@ -193,10 +208,10 @@ def _register(name: str) -> None:
     operands, options = _OPERATIONS[name]
     tensors = ", ".join(f"Tensor {operand}" for operand in (*operands, *_BATCH))
 
-    def real(*args: Any, **kwargs: Any) -> Any:
+    def real(*args: Tensor, **kwargs: Any) -> Tensor:
         return _call(name, args, **kwargs)
 
-    def fake(*args: Any, **kwargs: Any) -> Any:
+    def fake(*args: Tensor, **kwargs: Any) -> Tensor:
         shape, dtype = _result(name, args, kwargs)
         return args[0].new_empty(shape, dtype=dtype)
 
@@ -206,7 +221,7 @@ def _register(name: str) -> None:
         fake
     )
 
-    def into(*args: Any, **kwargs: Any) -> None:
+    def into(*args: Tensor, **kwargs: Any) -> None:
         args[-1].copy_(_call(name, args[:-1], args[-1], **kwargs))
 
     schema = f"({tensors}, Tensor(a!) out, *, {options}str? impl=None) -> ()"

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import torch
+from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
@@ -16,7 +17,7 @@ _ALIGNMENT = {"cpu": 64, "cuda": 16}
 
 def check_operand(name: str, tensor: Any, dtypes: tuple[Any, ...], device: Any = None) -> None:
     """ValueError unless an operand is a tensor of one of `dtypes`, on `device` (if given), and needs no gradient."""
-    if not isinstance(tensor, torch.Tensor):
+    if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} is {type(tensor).__name__}: must be a torch tensor")
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name} is {_short(tensor.dtype)}: must be one of {', '.join(map(_short, dtypes))}")
@@ -28,7 +29,7 @@ def check_operand(name: str, tensor: Any, dtypes: tuple[Any, ...], device: Any =
         )
 
 
-def to_jax(tensor: Any, name: str = "tensor") -> jax.Array:
+def to_jax(tensor: Tensor, name: str = "tensor") -> jax.Array:
     """A JAX array over a tensor's own memory (DLPack); on CUDA, JAX's stream waits for torch's current one.
 
     The array must not outlive the next write to the tensor: JAX takes arrays to be constant.
@@ -53,12 +54,12 @@ def to_jax(tensor: Any, name: str = "tensor") -> jax.Array:
     return jax.dlpack.from_dlpack(given.to(torch.int32) if given.dtype == torch.int64 else given)
 
 
-def is_aligned(tensor: Any) -> bool:
+def is_aligned(tensor: Tensor) -> bool:
     """Whether XLA can use a tensor's memory as it is; a view into another tensor may start anywhere."""
     return tensor.numel() == 0 or tensor.data_ptr() % _ALIGNMENT.get(tensor.device.type, 1) == 0
 
 
-def to_torch(array: jax.Array) -> Any:
+def to_torch(array: jax.Array) -> Tensor:
     """A tensor over an array's own memory (DLPack); on CUDA, torch's current stream waits for the array.
 
     Writing to the tensor changes the array, so nobody must use the array after that.
@@ -73,7 +74,7 @@ def to_torch(array: jax.Array) -> Any:
     return torch.from_dlpack(array)
 
 
-def result_on(device: Any, array: jax.Array) -> Any:
+def result_on(device: torch.device, array: jax.Array) -> Tensor:
     """A result of the model as a tensor on a torch device: without a copy where it lies there; int32 ids as int64."""
     platform = next(iter(array.devices())).platform
     near = device.type == ("cuda" if platform == "gpu" else platform) and len(array.devices()) == 1
@@ -81,7 +82,7 @@ def result_on(device: Any, array: jax.Array) -> Any:
     return tensor.to(device, torch.int64 if tensor.dtype == torch.int32 else tensor.dtype)
 
 
-def _check_device(name: str, tensor: Any) -> None:
+def _check_device(name: str, tensor: Tensor) -> None:
     kind = tensor.device.type
     if kind == "cuda":
         try:

@@ -11,6 +11,8 @@ import warnings
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from minimax_jax.buckets import bucket
 from minimax_jax.torch.ops import dense_attention, sparse_attention
@@ -62,10 +64,10 @@ def context_lengths(
     q_offset: Any = 0,
     kv_offset: int = 0,
     mask_function: Any = None,
-    attention_mask: Any = None,
+    attention_mask: Tensor | None = None,
     device: Any = "cpu",
     **kwargs: Any,
-) -> Any:
+) -> Int[Tensor, "R 1 1 1"] | Bool[Tensor, "R 1 L S"]:
     """What the kernels need of a causal mask, in the signature of transformers' mask registry.
 
     Returns:
@@ -97,26 +99,26 @@ def context_lengths(
 
 
 def minimax_attention(
-    module: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    attention_mask: Any,
+    module: torch.nn.Module,
+    query: Float[Tensor, "R Hq L D"],
+    key: Float[Tensor, "R Hkv S D"],
+    value: Float[Tensor, "R Hkv S D"],
+    attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    block_indices: Any = None,
+    block_indices: Int[Tensor, "R Hi L k"] | None = None,
     **kwargs: Any,
-) -> tuple[Any, None]:
+) -> tuple[Float[Tensor, "R L Hq D"], None]:
     """Attention in the signature of transformers' registry.
 
     Args:
       module: the attention layer, for its configuration.
-      query: [R, Hq, L, D]; key, value: [R, Hkv, S, D], S may exceed the context.
+      query: of the new tokens; key, value: S may exceed the context.
       attention_mask: from `context_lengths`.
-      block_indices: [R, Hi, L, k] selected blocks, -1 for none; None on dense layers.
+      block_indices: selected blocks, -1 for none; None on dense layers.
 
     Returns:
-      ([R, L, Hq, D], no attention weights).
+      What was attended to, and no attention weights.
 
     Raises:
       ValueError: for dropout, or an operand that needs a gradient.
@@ -147,8 +149,8 @@ def minimax_attention(
     return attended.permute(0, 2, 1, 3, 4).flatten(2, 3).contiguous(), None
 
 
-def _pages(cache: Any, block_size: int) -> Any:
-    """[R, Hkv, S, D] as pages [R * Hkv * N, 1, B, D], N bucketed: a view if S is N pages, else a copy."""
+def _pages(cache: Float[Tensor, "R Hkv S D"], block_size: int) -> Float[Tensor, "R*Hkv*N 1 B D"]:
+    """Rows' heads as runs of N pages, N bucketed: a view if S is N pages, else a copy."""
     rows, heads, length, channels = cache.shape
     pages = bucket(-(-length // block_size))
     if length != pages * block_size or not cache.is_contiguous():
@@ -158,8 +160,10 @@ def _pages(cache: Any, block_size: int) -> Any:
     return cache.view(rows * heads * pages, 1, block_size, channels)
 
 
-def _selected(block_indices: Any, kv_heads: int, size: int, topk: int) -> Any:
-    """[R, Hi, L, k] selections as [parts, T, topk]: a part for each index head of a KV head."""
+def _selected(
+    block_indices: Int[Tensor, "R Hi L k"], kv_heads: int, size: int, topk: int
+) -> Int[Tensor, "parts T topk"]:
+    """Selections for `sparse_attention`: a part for each index head of a KV head."""
     rows, index_heads, tokens, found = block_indices.shape
     if index_heads < kv_heads:
         block_indices = block_indices.repeat_interleave(kv_heads // index_heads, dim=1)
