@@ -177,9 +177,9 @@ class ModuleInterface:
         """`to("cpu")`."""
         return self.to("cpu")
 
-    def cuda(self, device: int = 0) -> Self:
-        """`to("cuda:<device>")`."""
-        return self.to(f"cuda:{device}")
+    def cuda(self, device: Any = None) -> Self:
+        """`to` a CUDA device, by number or as `to` takes it; the first one if None."""
+        return self.to(f"cuda:{device or 0}" if device is None or isinstance(device, int) else device)
 
     def _given_out(self, array: Any) -> Any:
         """A weight as `state_dict` and `parameters` give it."""

@@ -130,6 +130,10 @@ def test_modes_dtypes_and_devices(ours):
     assert model.to("cpu:3")._device == jax.devices("cpu")[3]
     plain = fresh(ours, minimax_jax.MiniMaxM3ForCausalLM)
     assert plain.dtype == jnp.float32 and plain.device == jax.devices("cpu")[0]
+    for device in (None, 1, "cuda:0", torch.device("cuda:1")):
+        if jax.default_backend() == "cpu":
+            with pytest.raises(ValueError, match=r"device = 'cuda:[01]': must be one of JAX's devices \(cpu:0"):
+                model.cuda(device)
     for target, message in (
         (torch.float16, r"dtype = torch.float16: must be 'auto', 'bfloat16' or 'float32'"),
         ("tpu", "device = 'tpu': must be one of JAX's devices"),
