@@ -31,7 +31,8 @@ def model(device: torch.device, small: bool) -> dict[str, Any]:
         past, at = out.past_key_values, at + turn
         parts.append(out.logits)
     spread = whole.logits.std()
-    apart = ((torch.cat(parts, dim=1) - whole.logits).square().mean(-1).sqrt().median() / spread).item()
+    later = torch.cat(parts[1:], dim=1) - whole.logits[:, turns[0] :]  # the turns that have a context before them
+    apart = (later.square().mean(-1).sqrt().median() / spread).item()
     devices = {str(tensor.device) for tensor in (whole.loss, whole.logits, *whole.hidden_states, *parts)}
     tokens = found.generate(near[:, :60], max_new_tokens=8)
     right = devices == {str(near.device)} == {str(found.device)} == {str(tokens.device)}
