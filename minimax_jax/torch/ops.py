@@ -216,17 +216,15 @@ def _register(name: str) -> None:
         return args[0].new_empty(shape, dtype=dtype)
 
     schema = f"({tensors}, *, {options}str? impl=None) -> Tensor"
-    unsafe = torch.Tag.cudagraph_unsafe  # inductor leaves it out of its CUDA graphs
-    torch.library.custom_op(f"minimax_jax::{name}", real, mutates_args=(), schema=schema, tags=unsafe).register_fake(
-        fake
-    )
+    tags = [torch.Tag.cudagraph_unsafe]  # inductor leaves it out of its CUDA graphs
+    torch.library.custom_op(f"minimax_jax::{name}", real, mutates_args=(), schema=schema, tags=tags).register_fake(fake)
 
     def into(*args: Tensor, **kwargs: Any) -> None:
         args[-1].copy_(_call(name, args[:-1], args[-1], **kwargs))
 
     schema = f"({tensors}, Tensor(a!) out, *, {options}str? impl=None) -> ()"
     torch.library.custom_op(
-        f"minimax_jax::{name}_out", into, mutates_args=("out",), schema=schema, tags=unsafe
+        f"minimax_jax::{name}_out", into, mutates_args=("out",), schema=schema, tags=tags
     ).register_fake(lambda *args, **kwargs: None)
 
 
