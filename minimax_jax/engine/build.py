@@ -20,6 +20,7 @@ from minimax_jax.engine.steps import Steps
 from minimax_jax.tensor_table import cache_bytes_per_token
 
 _CPU_CACHE_BYTES = 1 << 30
+_NARROWEST_TABLE, _WIDENING = 8, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +89,10 @@ def build_core(
         RunnerConfig(
             limits.max_batch_size,
             segment.execution,
-            batch_sizes=decode.batch_sizes or buckets_up_to(limits.max_batch_size),
+            batch_sizes=decode.batch_sizes or _batch_sizes(limits.max_batch_size),
             pad_batches=decode.enable_padding,
             token_buckets=buckets,
-            page_buckets=decode.page_buckets,
+            page_buckets=decode.page_buckets or (_wide_tables(width) if device.platform != "cpu" else None),
         ),
         end_ids=end_ids,
         max_pages=width,
@@ -125,3 +126,16 @@ def build_core(
         for _ in range(1 if steps.ranks is None else steps.ranks.groups)
     ]
     return EngineCore(runner, schedulers, end_ids=end_ids)
+
+
+def _batch_sizes(most: int) -> tuple[int, ...]:
+    """Powers of two, and the largest batch itself."""
+    return (*(1 << power for power in range((most - 1).bit_length())), most)
+
+
+def _wide_tables(most: int) -> tuple[int, ...]:
+    """Few widths for a device whose kernels read a row's own pages only: compiling costs more there than width."""
+    sizes = [_NARROWEST_TABLE]
+    while sizes[-1] < most:
+        sizes.append(sizes[-1] * _WIDENING)
+    return (*(size for size in sizes if size < most), most)

@@ -29,6 +29,7 @@ from minimax_jax.engine.steps import MAX_PREFILL_TOKENS, PickFeatures, PickInput
 from minimax_kernels import Batch
 
 _SCORED_ROWS = 256  # prompt tokens whose logits exist at once
+_FEW_ROWS = 8  # sequences of a step with prompts, up to which it is not padded to a full batch
 _EDITED_PAGES = 8  # the least number of page edits that is compiled for
 
 
@@ -40,7 +41,7 @@ class RunnerConfig:
       max_batch_size: sequences of one step, on each data rank.
       execution: "segmented", "whole", "eager" or "auto"; see `engine/execution.py`.
       batch_sizes: rows to compile for, the largest at least `max_batch_size`; None for powers of two and three quarters
-        of these. Steps that only decode are padded to one of them.
+        of these. Steps that only decode are padded to one of them, others to one of two.
       pad_batches: without it, such steps are compiled for each number of rows that occurs.
       token_buckets: tokens to compile for where prompts take part.
       page_buckets: widths of block tables to compile for; None for powers of two and three quarters.
@@ -59,6 +60,11 @@ class RunnerConfig:
     def rows(self, count: int) -> int:
         """Rows to compile for, for `count` sequences."""
         return _padded(count, self.batch_sizes)
+
+    def mixed_rows(self, count: int) -> int:
+        """The same where prompts take part: one of two sizes, since tokens and pages vary there as well."""
+        few = self.rows(min(_FEW_ROWS, self.max_batch_size))
+        return few if count <= few else self.rows(self.max_batch_size)
 
     def tokens(self, count: int) -> int:
         """Tokens to compile for, where prompts take part."""
@@ -173,8 +179,10 @@ class StepRunner:
 
     def _shape(self, plans: Rows[StepPlan], kind: str) -> StepShape:
         count = max(len(plan.rows) for plan in plans)
-        rows = count if kind == "decode" and not self.config.pad_batches else self.config.rows(count)
-        tokens = rows if kind == "decode" else self.config.tokens(max(plan.num_tokens for plan in plans))
+        if kind == "decode":
+            rows = tokens = self.config.rows(count) if self.config.pad_batches else count
+        else:
+            rows, tokens = self.config.mixed_rows(count), self.config.tokens(max(plan.num_tokens for plan in plans))
         ends = [row.start + row.count for plan in plans for row in plan.rows]
         return StepShape(tokens, rows, self.config.pages(-(-max(ends) // self._page_size)))
 

@@ -56,7 +56,11 @@ def test_bad_requests_end_with_their_error_and_no_other(llm):
     messages = [str(output.error) for output in outputs]
     assert "must be at most 511" in messages[1] and "the prompt is empty" in messages[2]
     assert f"prompt[1] = {VOCAB}: must be a token id within 0..{VOCAB - 1}" in messages[3]
-    assert "a text or a list of token ids" in messages[7] and "prompt[1] = -1" in messages[4] and f"logit_bias has token id {VOCAB}" in messages[6]
+    assert (
+        "a text or a list of token ids" in messages[7]
+        and "prompt[1] = -1" in messages[4]
+        and f"logit_bias has token id {VOCAB}" in messages[6]
+    )
     assert all(output.finished for output in outputs)
     check_nothing_left(llm)
 

@@ -106,6 +106,31 @@ def test_answers_of_one_prompt_differ_and_equal_those_of_a_batch_of_its_own(mode
 
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.parametrize("enabled", [False, "always"], ids=["whole", "segmented"])
+def test_two_hundred_requests_of_up_to_six_thousand_tokens(enabled):
+    """Everything at once: mixed sampling, random arrival, cancellations, pages for hardly more than one of them."""
+    model, random, requests = small_model(max_position_embeddings=6400), np.random.default_rng(9), []
+    shapes = {
+        "max_num_tokens": 512,
+        "segment_config": {"buckets": (512,), "enabled": enabled},
+        "decode_config": {"batch_sizes": (8,), "page_buckets": (400,)},
+    }
+    requests = random_requests(200, 6000, seed=6)
+    cancelled = set(random.choice(200, 30, replace=False).tolist())
+    with checked(small_llm(model, pages=430, **shapes)) as llm:
+        outputs = asyncio.run(serve(llm, requests, cancelled, random))
+        check_nothing_left(llm)
+        assert llm.stats().evicted > 0 and llm.stats().reuse_found > 0
+    whole = {**shapes, "segment_config": {"buckets": (512,), "enabled": False}}
+    with small_llm(model, pages=430, reuse=False, **whole) as llm:
+        for index, (output, (prompt, params)) in enumerate(zip(outputs, requests, strict=True)):
+            expected = llm.generate([prompt], params)[0].outputs[0].token_ids
+            got = output.outputs[0].token_ids
+            assert got == expected[: len(got)] and (output.finished or index in cancelled)
+
+
+@pytest.mark.slow
+@pytest.mark.long
 def test_memory_stays_flat_over_ten_thousand_requests(model):
     import gc
     import tracemalloc
