@@ -46,6 +46,7 @@ def arguments() -> argparse.Namespace:
     parity = parser.add_argument_group("parity")
     parity.add_argument("--ops", type=_names(OPS), default=OPS, help=f"of {', '.join(OPS)} (default: all)")
     parity.add_argument("--small", action="store_true", help="small shapes: CPU (always there), compute-sanitizer")
+    parity.add_argument("--workers", type=int, help="cases at a time; 1 for compute-sanitizer (default: by cores)")
     bench = parser.add_argument_group("benchmark")
     bench.add_argument("--bench", choices=("prefill", "decode"), help="one phase")
     bench.add_argument("--bench-ops", type=_names(BENCH_OPS), default=(), help=f"of {', '.join(BENCH_OPS)}")
@@ -101,7 +102,14 @@ def main() -> int:
         small = args.small or jax.default_backend() == "cpu"
         share = 1.0 if args.only else 0.5  # of the time, when the benchmark follows
         fine, table = run_parity(
-            args.impl, args.ops, args.out, START + share * args.limit_s, say, quick=args.quick, small=small
+            args.impl,
+            args.ops,
+            args.out,
+            START + share * args.limit_s,
+            say,
+            quick=args.quick,
+            small=small,
+            workers=args.workers,
         )
         tables.append(table)
     if args.only != "parity":

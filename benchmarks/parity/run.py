@@ -32,6 +32,7 @@ def run_parity(
     say: Callable[[str], None],
     quick: bool = False,
     small: bool = False,
+    workers: int | None = None,
 ) -> tuple[bool, str]:
     """Checks, writes `parity.json` to `out`, and returns (no check failed, the table to print last).
 
@@ -43,10 +44,11 @@ def run_parity(
       say: prints progress.
       quick: fewer shapes, no caches beyond 2 GiB.
       small: small shapes, for the CPU.
+      workers: cases at a time; None for as many as there are cores, up to WORKERS.
     """
     todo = cases(quick, small)
     say(f"parity of {impl}: {len(todo)} cases x {len(ops)} operations")
-    results, left = _check_cases(todo, impl, ops, deadline, say)
+    results, left = _check_cases(todo, impl, ops, deadline, say, workers)
     if "select_blocks" in ops:
         results += wide_selection.check(impl, small or quick)
         say("selection of up to 16384 blocks: done")
@@ -68,7 +70,12 @@ def run_parity(
 
 
 def _check_cases(
-    todo: Sequence[ParityCase], impl: str, ops: Sequence[str], deadline: float, say: Callable[[str], None]
+    todo: Sequence[ParityCase],
+    impl: str,
+    ops: Sequence[str],
+    deadline: float,
+    say: Callable[[str], None],
+    workers: int | None,
 ) -> tuple[list[Result], list[str]]:
     results: list[Result] = []
     left: list[str] = []
@@ -78,7 +85,7 @@ def _check_cases(
             return None
         return [result for op in ops for result in check_op(op, case, impl)]
 
-    workers = max(1, min(WORKERS, (os.cpu_count() or 2) - 1))
+    workers = workers or max(1, min(WORKERS, (os.cpu_count() or 2) - 1))
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         running = {pool.submit(check, case): case for case in todo}
         for done, task in enumerate(concurrent.futures.as_completed(running), 1):

@@ -110,8 +110,7 @@ class RankModel:
 
     def run_segments(self, segments: SegmentedPrefill, step: FlatStep) -> jax.Array:
         """One step through segments, its host-side preparation included."""
-        runtime = segments.attention.step(self.pool, step.layout)
-        return segments.layers(self.leaves, step.tokens, step.positions, runtime=runtime)
+        return segments.run_layers(self.leaves, self.pool, step)
 
     def run_whole(self, whole: Any, step: FlatStep) -> jax.Array:
         """One step as one executable, its host-side preparation included."""
@@ -122,8 +121,9 @@ class RankModel:
     def whole_arguments(self, step: FlatStep) -> tuple[Any, ...]:
         """What a whole step takes; tables and slots as the boundary's, padding included."""
         runtime = self.attention.step(self.pool, step.layout)
-        tokens = len(step.tokens)
-        return self.leaves, self.pool.caches, step.tokens, step.positions, runtime.slots(tokens), runtime.batch
+        count = len(step.tokens)
+        tokens, positions = runtime.send(count, step.tokens, step.positions)
+        return self.leaves, self.pool.caches, tokens, positions, *runtime.on_device(count)
 
 
 @dataclasses.dataclass(frozen=True)

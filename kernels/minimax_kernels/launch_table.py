@@ -1,9 +1,10 @@
-"""Launch parameters by shape, from what was measured on an H100 (docs/kernels.md, docs/results)."""
+"""Launch parameters by shape, from what was measured on an H100: a table (scripts/tune.py), formulas beside it."""
 
 from __future__ import annotations
 
 import dataclasses
 
+from minimax_kernels.measured_launches import ATTEND_DECODE, ATTEND_FEW, PAGE, Table
 from minimax_kernels.triton_call import Launch, ceil_div, floor_power_of_two
 
 NUM_SMS = 132
@@ -60,13 +61,30 @@ class AttendLaunch:
     launch: Launch
 
 
-def attend_launch(num_tokens: int, groups: int, blocks: int) -> AttendLaunch:
-    """For tokens with lists of `blocks` pages each: enough programs to fill the device."""
-    splits = min(max(round(NUM_SMS * 2 / (num_tokens * groups)), 1), blocks, MOST_SPLITS)
-    per_program = ceil_div(blocks, splits)
+def attend_launch(
+    num_tokens: int, groups: int, blocks: int, rows_per_token: int, *, prefill: bool = False
+) -> AttendLaunch:
+    """For tokens with lists of `blocks` pages each: enough programs to fill the device.
+
+    Args:
+      rows_per_token: query heads a group.
+      prefill: neighbouring tokens find each other's pages in the second-level cache: more programs pay.
+    """
+    programs = num_tokens * groups
+    measured = _measured_at(ATTEND_FEW if prefill else ATTEND_DECODE, rows_per_token, programs)
+    if measured is None:
+        measured = max(round(NUM_SMS * 2 / programs), 1), 64, 4, 2
+    splits, keys_per_step, num_warps, num_stages = measured
+    per_program = ceil_div(blocks, min(splits, blocks, MOST_SPLITS))
     if per_program == 1:  # one step a program: nothing to pipeline
         return AttendLaunch(1, 1, 128, Launch(4, 1))
-    return AttendLaunch(1, per_program, 64, Launch(4, 2))
+    return AttendLaunch(1, per_program, keys_per_step, Launch(num_warps, num_stages))
+
+
+def _measured_at(table: Table, rows: int, size: int) -> tuple[int, ...] | None:
+    """What was measured for this size or the next larger one; None beyond those and for other heads."""
+    fitting = [known for heads, known in table if heads == rows and known >= size]
+    return table[rows, min(fitting)] if fitting else None
 
 
 def dense_launch(num_tokens: int, num_blocks: int, rows_per_token: int, groups: int, tile: int) -> AttendLaunch:
@@ -97,11 +115,14 @@ class PageLaunch:
 
 
 def page_launch(num_tokens: int, rows_per_token: int, groups: int, topk: int) -> PageLaunch:
-    """Tiles of 64 rows; programs of several tiles once there are enough of them."""
+    """Tiles of 64 rows; programs of several tiles where there are enough of them."""
     queries = max(64 // rows_per_token, 1)
     tiles = ceil_div(num_tokens * topk * groups, queries)
-    tiles_per_program = floor_power_of_two(min(max(tiles // (NUM_SMS * 4), 1), 16))
-    return PageLaunch(queries * rows_per_token, queries * tiles_per_program, 1 << 30, Launch(4, 1))
+    measured = _measured_at(PAGE, rows_per_token, tiles)
+    if measured is None:
+        measured = floor_power_of_two(min(max(tiles // (NUM_SMS * 4), 1), 16)), 4
+    tiles_per_program, num_warps = measured
+    return PageLaunch(queries * rows_per_token, queries * tiles_per_program, 1 << 30, Launch(num_warps, 1))
 
 
 WRITE_TOKENS = 16  # tokens of a program that writes to pages

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from minimax_jax.attention.layout import StepLayout, check_pages
 from minimax_jax.attention.paged import attend_paged
-from minimax_jax.buckets import bucket
+from minimax_jax.attention.transfer import send_together
+from minimax_jax.buckets import padded_size
 from minimax_jax.cache import PagePool
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.recent import RecentJits
@@ -27,6 +27,7 @@ class PagedAttention:
     all of them bucketed, and for the pool's size.
 
     Attributes:
+      request_buckets, page_buckets: ascending numbers of requests, and of pages a request, to compile for.
       traces: how often one was traced; combinations that were met before leave it unchanged.
     """
 
@@ -36,12 +37,18 @@ class PagedAttention:
         *,
         impl: str | None = None,
         compiler_options: Mapping[str, Any] | None = None,
+        request_buckets: Sequence[int] | None = None,
+        page_buckets: Sequence[int] | None = None,
     ):
         """
         Args:
           impl: which kernels to use, None for the best.
           compiler_options: XLA's.
+          request_buckets, page_buckets: None for all that `minimax_jax.buckets.bucket` gives. Given few, all of them
+            can be warmed up; padding costs little, since kernels skip it.
         """
+        self.request_buckets = None if request_buckets is None else tuple(sorted(request_buckets))
+        self.page_buckets = None if page_buckets is None else tuple(sorted(page_buckets))
         self.traces = 0
         self._config, self._impl = config, impl
         options = dict(compiler_options) if compiler_options else None
@@ -86,7 +93,7 @@ class PagedAttention:
           exact: whether the rows are no bucket's: executables of the latest few such sizes are kept.
         """
         dense, sparse = self._exact.get(q.shape[0]) if exact else (self._dense, self._sparse)
-        slots, batch = runtime.slots(q.shape[0]), runtime.batch
+        slots, batch = runtime.on_device(q.shape[0])
         with runtime.pool.borrow_layer(layer_id, runtime.life) as lent:
             if idx_q is None or idx_k is None or lent.index is None:
                 lent.k, lent.v, out = dense(lent.k, lent.v, out, q, k, v, slots, batch)
@@ -122,14 +129,14 @@ class StepRuntime:
       attention: the executables.
       pool: the pools; epoch and life: which life of theirs this step was prepared for.
       layout: the requests.
-      batch: the same on the device, requests and pages a request rounded up to buckets.
     """
 
     def __init__(self, attention: PagedAttention, pool: PagePool, layout: StepLayout, block_size: int):
         self.attention, self.pool, self.layout = attention, pool, layout
         self.epoch, self.life = pool.epoch, pool.epoch.value
         requests, pages = len(layout.kv_lens), -(-int(layout.kv_lens.max(initial=1)) // block_size)
-        rows, width = bucket(requests), bucket(pages)
+        rows = padded_size(requests, attention.request_buckets)
+        width = padded_size(pages, attention.page_buckets)
         tables = np.zeros((rows, width), np.int32)
         shown = layout.block_tables[:, :width]
         tables[:requests, : shown.shape[1]] = shown
@@ -139,16 +146,27 @@ class StepRuntime:
         starts[: requests + 1] = layout.query_starts
         kv_lens = np.zeros(rows, np.int32)
         kv_lens[:requests] = layout.kv_lens
-        self.batch = Batch(jnp.asarray(tables), jnp.asarray(starts), jnp.asarray(kv_lens))
+        self._batch = tables, starts, kv_lens  # requests and pages a request rounded up to buckets
+        self._sent: dict[int, tuple[Int[Array, "T"], Batch]] = {}
 
-    @functools.cached_property
-    def _slots(self) -> dict[int, Int[Array, "T"]]:
-        return {}
+    def send(self, num_rows: int, *per_token: Int[np.ndarray, "T"]) -> list[Int[Array, "T"]]:
+        """Puts what a step needs on the device, in one transfer, `per_token` arrays included.
 
-    def slots(self, rows: int) -> Int[Array, "T"]:
-        """The tokens' slots on the device, padded with -1 to the rows of a bucket."""
-        if rows not in self._slots:
-            padded = np.full(rows, -1, np.int32)
-            padded[: len(self.layout.slots)] = self.layout.slots
-            self._slots[rows] = jnp.asarray(padded)
-        return self._slots[rows]
+        Args:
+          num_rows: a bucket's; rows past the live ones are zeros, and name no slot.
+        """
+        live = self.layout.num_tokens
+        padded = np.zeros((len(per_token), num_rows), np.int32)
+        for row, values in zip(padded, per_token, strict=True):
+            row[:live] = values
+        slots = np.full(num_rows, -1, np.int32)
+        slots[: len(self.layout.slots)] = self.layout.slots
+        sent = send_together([*padded, slots, *self._batch])
+        self._sent[num_rows] = sent[len(per_token)], Batch(*sent[-3:])
+        return sent[: len(per_token)]
+
+    def on_device(self, num_rows: int) -> tuple[Int[Array, "T"], Batch]:
+        """(the tokens' slots, the requests) on the device, sent when they are needed first."""
+        if num_rows not in self._sent:
+            self.send(num_rows)
+        return self._sent[num_rows]

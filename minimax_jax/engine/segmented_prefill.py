@@ -1,14 +1,12 @@
-"""Prefill and mixed steps as segments: the layers through `segmented_jit`, the head as one executable."""
+"""Prefill and mixed steps as segments: the layers through `segmented_jit`."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -17,9 +15,7 @@ from minimax_jax.attention import ATTENTION, BoundaryAttend, PagedAttention, Ste
 from minimax_jax.buckets import buckets_up_to
 from minimax_jax.cache import PagePool
 from minimax_jax.config import MiniMaxM3Config
-from minimax_jax.engine.sampler import SamplingState, pick_tokens
 from minimax_jax.model import merge_model
-from minimax_jax.recent import RecentJits
 from minimax_jax.segmented import segmented_jit
 
 LEAST_BUCKET = 16
@@ -77,62 +73,87 @@ class SegmentedPrefill:
             dump_to=dump_to,
         )
 
-        def head() -> tuple[Any, ...]:
-            return (jax.jit(functools.partial(self._pick), static_argnames=("greedy", "truncated")),)
-
-        (self._head,) = head()
-        self._exact_heads = RecentJits(head)
-
-    def __call__(
-        self,
-        leaves: list[Array],
-        pool: PagePool,
-        step: FlatStep,
-        sampling: SamplingState,
-        *,
-        greedy: bool,
-        truncated: bool,
-        eager: bool = False,
-    ) -> Int[Array, "R"]:
+    def run_layers(
+        self, leaves: list[Array], pool: PagePool, step: FlatStep, *, eager: bool = False
+    ) -> Float[Array, "T H"]:
         """Runs one step; the pool's pages are written in place.
 
         Args:
           eager: at the step's exact size, without capture.
 
         Returns:
-          The token after the last one of each request, for as many rows as `sampling` has keys.
+          Hidden states; rows past the step's tokens are padding.
 
         Raises:
           StaleCaptureError: if the pool was resized or released meanwhile.
         """
         runtime = self.attention.step(pool, step.layout)
-        run = self.layers.eager if eager else self.layers
-        hidden = run(leaves, step.tokens, step.positions, runtime=runtime)
-        rows = sampling.keys.shape[0]
-        last, kv_lens = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        requests = len(step.layout.kv_lens)
-        last[:requests] = np.maximum(step.layout.query_starts[1:] - 1, 0)
-        kv_lens[:requests] = step.layout.kv_lens
-        exact = eager or len(step.tokens) > self.layers.buckets[-1]
-        head = self._exact_heads.get(hidden.shape[0])[0] if exact else self._head
-        return head(leaves, hidden, last, kv_lens, sampling, greedy=greedy, truncated=truncated)
+        live = len(step.tokens)
+        rows = live if eager else self.layers.padded_rows(live)
+        tokens, positions = runtime.send(rows, step.tokens, step.positions)
+        if eager:
+            return self.layers.eager(leaves, tokens, positions, runtime=runtime)
+        return self.layers(leaves, tokens, positions, runtime=runtime, live=live)
 
-    def warm_up(self, leaves: list[Array], pool: PagePool, buckets: Sequence[int] | None = None) -> None:
+    def warm_up(
+        self,
+        leaves: list[Array],
+        pool: PagePool,
+        buckets: Sequence[int] | None = None,
+        *,
+        report: Callable[[int, int], None] | None = None,
+    ) -> None:
         """Compiles and captures buckets, largest first, over tokens that write to no page.
 
-        Attention is compiled for one request of a bucket's tokens only; more requests or pages a request compile
-        their own when they are first met, and so does the head.
+        Attention is compiled for each of its `request_buckets` and `page_buckets` that a step of that size can have, so
+        that no later step compiles any. Where these are not given, for one request of just so many tokens: other
+        combinations are then compiled when they are first met.
+
+        Args:
+          buckets: of tokens; None for all.
+          report: told (steps done, steps in all) after each.
         """
+        wanted = sorted(self.layers.buckets if buckets is None else buckets, reverse=True)
+        shapes = [(tokens, *shape) for tokens in wanted for shape in self._attention_shapes(tokens)]
+        first = {tokens: shape for tokens, *shape in reversed(shapes)}
+        steps = [
+            (tokens, rows, pages)
+            for tokens, rows, pages in shapes
+            # the first shape of a bucket warms up and captures its segments too
+            for _ in range(2 if first[tokens] == [rows, pages] else 1)
+        ]
+        for done, (tokens, requests, pages) in enumerate(steps, 1):
+            self.run_layers(leaves, pool, self._idle_step(tokens, requests, pages))
+            if report is not None:
+                report(done, len(steps))
 
-        def example(num_tokens: int) -> tuple[tuple[Any, ...], Any]:
-            block_size = self._config.index_block_size
-            table = np.zeros((1, -(-num_tokens // block_size)), np.int32)
-            layout = step_layout(table, np.array([num_tokens]), np.array([num_tokens]), block_size)
-            layout = dataclasses.replace(layout, slots=np.full(num_tokens, -1, np.int32))
-            tokens = np.zeros(num_tokens, np.int32)
-            return (leaves, tokens, np.arange(num_tokens, dtype=np.int32)), self.attention.step(pool, layout)
+    def _attention_shapes(self, num_tokens: int) -> list[tuple[int, int]]:
+        """(requests, pages of the longest) that steps of a token bucket have."""
+        block_size, attention = self._config.index_block_size, self.attention
+        if attention.request_buckets is None or attention.page_buckets is None:
+            return [(1, -(-num_tokens // block_size))]
+        smaller = [size for size in self.layers.buckets if size < num_tokens]
+        least = smaller[-1] + 1 if smaller else 1  # tokens of the smallest step in this bucket
+        before = (0, *attention.request_buckets)
+        return [
+            (requests, pages)
+            for requests, fewer in zip(attention.request_buckets, before, strict=False)
+            for pages in attention.page_buckets
+            if fewer < num_tokens and least <= requests * pages * block_size
+        ]
 
-        self.layers.warm_up(example, buckets)
+    def _idle_step(self, num_tokens: int, num_requests: int, num_pages: int) -> FlatStep:
+        """A step of the given size that reads page 0 and writes nothing."""
+        block_size = self._config.index_block_size
+        most = num_pages * block_size
+        tokens = min(num_tokens, num_requests * most)
+        counts = np.full(num_requests, tokens // num_requests)
+        counts[: tokens % num_requests] += 1
+        kv_lens = np.maximum(counts, 1)
+        kv_lens[0] = most
+        layout = step_layout(np.zeros((num_requests, num_pages), np.int32), counts, kv_lens, block_size)
+        layout = dataclasses.replace(layout, slots=np.full(tokens, -1, np.int32))
+        return FlatStep(np.zeros(tokens, np.int32), np.zeros(tokens, np.int32), layout)
 
     def _model(self, leaves: list[Array]) -> Any:
         return merge_model(self._graphdef, dict(zip(self._names, leaves, strict=True)))
@@ -140,17 +161,3 @@ class SegmentedPrefill:
     def _layers(self, leaves: list[Array], tokens: Int[Array, "T"], positions: Int[Array, "T"]) -> Float[Array, "T H"]:
         model = self._model(leaves)
         return model.run_layers(model.embed(tokens), positions, BoundaryAttend())
-
-    def _pick(
-        self,
-        leaves: list[Array],
-        hidden: Float[Array, "T H"],
-        last: Int[Array, "R"],
-        kv_lens: Int[Array, "R"],
-        sampling: SamplingState,
-        *,
-        greedy: bool,
-        truncated: bool,
-    ) -> Int[Array, "R"]:
-        logits = self._model(leaves).head(hidden[last])  # the head sees one row a request
-        return pick_tokens(logits, kv_lens, sampling, greedy=greedy, truncated=truncated)

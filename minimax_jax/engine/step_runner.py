@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 from collections.abc import Sequence as Rows
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from minimax_jax.attention import StepLayout, check_pages, step_layout
-from minimax_jax.buckets import bucket, buckets_up_to
+from minimax_jax.buckets import bucket, buckets_up_to, padded_size
 from minimax_jax.cache import PagePool
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.engine.execution import check_execution, mesh_execution, prefill_execution
@@ -22,7 +21,7 @@ from minimax_jax.engine.pick_arrays import changes_by_step, pick_features, pick_
 from minimax_jax.engine.row_state import Adjustments, RowState, empty_rows
 from minimax_jax.engine.sampler import SamplingState
 from minimax_jax.engine.scheduler import PlannedRow, StepPlan
-from minimax_jax.engine.segmented_prefill import LEAST_BUCKET, SegmentedPrefill
+from minimax_jax.engine.segmented_prefill import LEAST_BUCKET, FlatStep, SegmentedPrefill
 from minimax_jax.engine.sequence import Sequence
 from minimax_jax.engine.step_arrays import SlotTables, StepArrays, StepShape, step_arrays
 from minimax_jax.engine.steps import MAX_PREFILL_TOKENS, PickFeatures, PickInputs, StepInputs, Steps
@@ -59,7 +58,7 @@ class RunnerConfig:
 
     def rows(self, count: int) -> int:
         """Rows to compile for, for `count` sequences."""
-        return _padded(count, self.batch_sizes)
+        return padded_size(count, self.batch_sizes)
 
     def mixed_rows(self, count: int) -> int:
         """The same where prompts take part: one of two sizes, since tokens and pages vary there as well."""
@@ -68,18 +67,11 @@ class RunnerConfig:
 
     def tokens(self, count: int) -> int:
         """Tokens to compile for, where prompts take part."""
-        return _padded(count, self.token_buckets)
+        return padded_size(count, self.token_buckets)
 
     def pages(self, count: int) -> int:
         """Width of the block tables to compile for."""
-        return _padded(count, self.page_buckets)
-
-
-def _padded(count: int, sizes: tuple[int, ...] | None) -> int:
-    if sizes is None:
-        return bucket(count)
-    place = bisect.bisect_left(sizes, count)
-    return sizes[place] if place < len(sizes) else bucket(count)
+        return padded_size(count, self.page_buckets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +148,10 @@ class StepRunner:
         self._groups = 1 if ranks is None else ranks.groups
         self.num_slots = config.max_batch_size
         width = max(max_pages or pool.num_pages, *(config.page_buckets or (1,)))
-        self._tables = [SlotTables(self.num_slots, _padded(width, config.page_buckets)) for _ in range(self._groups)]
-        self._state: RowState = self._place(empty_rows(self.num_slots * self._groups, model.vocab_size))
+        self._tables = [
+            SlotTables(self.num_slots, padded_size(width, config.page_buckets)) for _ in range(self._groups)
+        ]
+        self._state = self._empty_state()
         self._parameters: tuple[Any, ...] | None = None  # of the latest step
         self._life = pool.epoch.value  # of the pool, in which the tables fit
 
@@ -212,15 +206,15 @@ class StepRunner:
         """Compiles and runs one step of the largest context that `num_pages` hold, which writes to no page.
 
         Args:
-          kind: "prefill", with `num_tokens` of one sequence and one each of others, or "decode".
+          kind: "prefill", with one token of each sequence and what is left of the first, or "decode".
         """
         shape = StepShape(num_tokens if kind == "prefill" else num_rows, num_rows, num_pages)
         groups = self._groups
-        counts = np.ones(num_rows, np.int32)
-        if kind == "prefill":
-            counts[0] = num_tokens - num_rows + 1
+        live = min(num_rows, shape.tokens)
+        counts = (np.arange(num_rows) < live).astype(np.int32)
+        counts[0] += shape.tokens - live
         ends = np.cumsum(counts, dtype=np.int32)
-        contexts = np.full(num_rows, num_pages * self._page_size, np.int32)
+        contexts = np.where(counts > 0, num_pages * self._page_size, 0).astype(np.int32)
         at = np.repeat(np.arange(num_rows), counts)
         positions = np.arange(shape.tokens, dtype=np.int32) - ends[at] + contexts[at]
         none, zeros = np.full(shape.tokens, -1, np.int32), np.zeros(shape.tokens, np.int32)
@@ -232,8 +226,9 @@ class StepRunner:
         if how == "whole":
             _, last = self._run_whole(arrays)
         else:
-            layout = StepLayout(tables, starts, contexts, none)
-            _, last = self._run_layout(zeros, positions, layout, arrays.last, eager=how == "eager")
+            layout = StepLayout(tables[:live], starts[: live + 1], contexts[:live], none)
+            step = FlatStep(zeros, positions, layout)
+            _, last = self._run_flat(step, arrays.last, eager=how == "eager")
         for features in (PickFeatures(), PickFeatures(greedy=False, truncated=True)):
             parameters = pick_parameters([StepPlan()] * groups, num_rows, self._model.vocab_size, ())
             sampling, adjustments = self._place(parameters, keep=True)
@@ -263,8 +258,15 @@ class StepRunner:
 
     def reset_rows(self) -> None:
         """Forgets all rows, after a failed step may have consumed them."""
-        self._state = self._place(empty_rows(self.num_slots * self._groups, self._model.vocab_size))
+        self._state = self._empty_state()
         self._parameters = None
+
+    def _empty_state(self) -> RowState:
+        state = empty_rows(self.num_slots * self._groups, self._model.vocab_size)
+        if self._steps.ranks is not None:
+            return self._place(state)
+        # committed to the device, as it comes back from steps: else the first steps compile twice
+        return jax.device_put(state, self._leaves[0].sharding)
 
     def _edit(self, edits: list[list[tuple[int, int]]]) -> None:
         size = bucket(max(map(len, edits)), _EDITED_PAGES)
@@ -320,21 +322,14 @@ class StepRunner:
         counts = np.array([row.count for row in plan.rows], np.int32)
         tables, kv_lens = arrays.block_tables[:rows], arrays.kv_lens[:rows]
         layout = step_layout(tables, counts, kv_lens, self._page_size)
-        return self._run_layout(arrays.tokens[:total], arrays.positions[:total], layout, arrays.last, eager=eager)
+        step = FlatStep(arrays.tokens[:total], arrays.positions[:total], layout)
+        return self._run_flat(step, arrays.last, eager=eager)
 
-    def _run_layout(
-        self,
-        tokens: Int[np.ndarray, "T"],
-        positions: Int[np.ndarray, "T"],
-        layout: StepLayout,
-        last: Int[np.ndarray, "R"],
-        *,
-        eager: bool,
+    def _run_flat(
+        self, step: FlatStep, last: Int[np.ndarray, "R"], *, eager: bool
     ) -> tuple[Float[Array, "T H"], Float[Array, "R H"]]:
         segments = self._steps.segmented if self._segmented is None else self._segmented
-        runtime = segments.attention.step(self.pool, layout)
-        run = segments.layers.eager if eager else segments.layers
-        hidden = run(self._leaves, tokens, positions, runtime=runtime)
+        hidden = segments.run_layers(self._leaves, self.pool, step, eager=eager)
         known = not eager and hidden.shape[0] in segments.layers.buckets
         take = self._steps.take if known else self._steps.take_exact(hidden.shape[0])
         return hidden, take(hidden, jnp.asarray(last))

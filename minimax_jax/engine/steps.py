@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from minimax_jax.attention import TracedAttend
+from minimax_jax.attention import PagedAttention, TracedAttend
 from minimax_jax.cache import PagedCaches
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.engine.logprobs import TokenLogprobs, token_logprobs
@@ -126,9 +126,17 @@ class Steps:
         """Prompts and mixed steps as segments; built when first asked for."""
         return SegmentedPrefill(self._config, self._graphdef, self._names, max_tokens=MAX_PREFILL_TOKENS)
 
-    def segments(self, buckets: tuple[int, ...]) -> SegmentedPrefill:
-        """The same, for buckets of one's own."""
-        return SegmentedPrefill(self._config, self._graphdef, self._names, max_tokens=buckets[-1], buckets=buckets)
+    def segments(
+        self,
+        buckets: tuple[int, ...],
+        request_buckets: tuple[int, ...] | None = None,
+        page_buckets: tuple[int, ...] | None = None,
+    ) -> SegmentedPrefill:
+        """The same, for buckets of one's own, of attention too (see `PagedAttention`)."""
+        attention = PagedAttention(self._config, request_buckets=request_buckets, page_buckets=page_buckets)
+        return SegmentedPrefill(
+            self._config, self._graphdef, self._names, max_tokens=buckets[-1], buckets=buckets, attention=attention
+        )
 
     def take_exact(self, num_tokens: int) -> Callable[[Array, Array], Array]:
         """`take` for hidden states of a size that may be one of endlessly many; the latest few are kept."""

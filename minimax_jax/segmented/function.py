@@ -117,10 +117,16 @@ class SegmentedFunction:
         self._exact: collections.OrderedDict[Any, Program] = collections.OrderedDict()
         self._counts = Counts()
 
-    def __call__(self, *args: Any, runtime: Any = None) -> Any:
+    def padded_rows(self, live: int) -> int:
+        """Rows that a call of `live` rows runs with: the next bucket's, its own above the largest."""
+        place = bisect.bisect_left(self.buckets, live)
+        return live if place == len(self.buckets) else self.buckets[place]
+
+    def __call__(self, *args: Any, runtime: Any = None, live: int | None = None) -> Any:
         """Runs the function; the result's rows are those of the bucket.
 
         Args:
+          live: rows that hold data, where the caller has padded the arguments to `padded_rows` already; None for all.
           runtime: what boundaries find as `BoundaryCall.runtime`. If it has an `epoch` (and a `life`, the epoch's
             value when it was made), captures belong to that life.
 
@@ -129,12 +135,15 @@ class SegmentedFunction:
           StaleCaptureError: if the runtime's resources were replaced since it was made, or during the call.
           ValueError: for arguments that do not fit.
         """
-        leaves, tree, live = self._arguments.read(args)
-        place = bisect.bisect_left(self.buckets, live)
-        if place == len(self.buckets):
+        leaves, tree, given = self._arguments.read(args)
+        if live is None:
+            live = given
+        elif not 0 < live <= given or given != self.padded_rows(live):
+            raise ValueError(f"live = {live}: arguments of {given} rows must have {self.padded_rows(live)}")
+        rows = self.padded_rows(live)
+        if rows > self.buckets[-1]:
             return self._run_exact("fallbacks", leaves, tree, live, runtime)
-        rows = self.buckets[place]
-        call = _call(self._arguments.padded(leaves, tree, live, rows), live, runtime)
+        call = _call(self._arguments.padded(leaves, tree, given, rows), live, runtime)
         program = self._program(call.values, tree, rows)
         spent = HostTime()
         with self._counting_failures():

@@ -384,6 +384,25 @@ def test_pools_refuse_to_be_empty(model):
     assert pool.num_pages == 10 and pool.epoch.value == 0
 
 
+def test_after_a_warm_up_over_all_shapes_no_step_compiles(model):
+    """Few numbers of requests and of pages: every mix of tokens, requests and contexts was compiled before."""
+    attention = PagedAttention(model.config, request_buckets=(3,), page_buckets=(2, 4))
+    steps = segmented_steps(model, buckets=(8, 40), attention=attention)
+    pool, told = pool_of(model), []
+    steps.warm_up(model._leaves, pool, report=lambda done, of: told.append((done, of)))
+    assert told == [(n, 6) for n in range(1, 7)] and attention.traces == 8
+    assert steps.layers.stats().captured == 2
+    before, random = compilations(), np.random.default_rng(0)
+    for _ in range(12):
+        requests = random.integers(1, 4)
+        past = random.integers(0, 40, requests)
+        new = random.integers(1, 13, requests)
+        tables = np.array([random.permutation(10)[:4] for _ in range(requests)])
+        step = make_step(model.config, tables, new, past + new)
+        assert np.isfinite(np.asarray(steps.run_layers(model._leaves, pool, step))[: new.sum()]).all()
+    assert compilations() == before and attention.traces == 8
+
+
 def test_exact_sizes_are_bounded(model):
     """Above the largest bucket, executables of the latest sizes stay and others are freed."""
     config, attention, pool = model.config, PagedAttention(model.config), pool_of(model)

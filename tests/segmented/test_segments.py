@@ -270,3 +270,18 @@ def test_results_may_be_donated_whatever_they_are():
             np.testing.assert_allclose(result, value, rtol=1e-6)
             result.delete()
         assert not w.is_deleted() and not x.is_deleted() and not const.is_deleted()
+
+
+def test_a_caller_may_pad_for_itself():
+    split = segmented(stack, buckets=(4, 8))
+    w, x = weights(2), rows_of(5)
+    assert [split.padded_rows(n) for n in (1, 4, 5, 8, 9)] == [4, 4, 8, 8, 9]
+    padded = jnp.zeros((8, x.shape[1])).at[:5].set(x)
+    for _ in range(3):
+        assert_same(split(w, padded, live=5), split(w, x))  # boundaries see five rows: sentinels from there on
+    with pytest.raises(ValueError, match="live = 3: arguments of 8 rows must have 4"):
+        split(w, padded, live=3)
+    with pytest.raises(ValueError, match="live = 9: arguments of 8 rows must have 9"):
+        split(w, padded, live=9)
+    with pytest.raises(ValueError, match="live = 0"):
+        split(w, padded, live=0)

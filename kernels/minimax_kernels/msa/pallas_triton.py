@@ -48,7 +48,7 @@ def msa(
         selected = select_blocks(scores, batch, **options, interpret=interpret)
         selected = jnp.repeat(selected, shared_by, axis=0) if shared_by > 1 else selected
         return sparse_attention(q, k_cache, v_cache, selected, batch, scale=scale, out=out, interpret=interpret)
-    launch = attend_launch(num_tokens, groups, topk)
+    launch = attend_launch(num_tokens, groups, topk, q.shape[1] // groups)
     is_split = ceil_div(topk, launch.blocks_per_program) > 1
     scores, *counters = score_and_clear(idx_q, index_cache, batch, groups if is_split else 0, interpret=interpret)
     if batch.num_blocks <= MOST_RANKED_BLOCKS:

@@ -19,7 +19,10 @@ def select_blocks(
     blocks = jnp.arange(num_blocks)
     local = visible.sum(axis=-1, keepdims=True) - 1  # the visible blocks of a token are 0 .. its own
     forced = visible & ((blocks < init_blocks) | (blocks > local - local_blocks))
-    keys = jnp.where(forced, jnp.inf, jnp.where(visible, scores, -jnp.inf))
+    # NaN > +inf and forced > numbers, without a NaN: on GPUs XLA's top-k of 1024 values and more loses those
+    most = jnp.finfo(scores.dtype).max
+    ordered = jnp.where(jnp.isnan(scores), jnp.inf, jnp.minimum(scores, most))
+    keys = jnp.where(forced, most, jnp.where(visible, ordered, -jnp.inf))
     best, ids = jax.lax.top_k(keys, min(topk, num_blocks))  # of equal scores the lower id comes first
     ids = jnp.where(best != -jnp.inf, ids, -1).astype(jnp.int32)
     return jnp.pad(ids, ((0, 0), (0, 0), (0, topk - ids.shape[-1])), constant_values=-1)

@@ -11,8 +11,8 @@ from minimax_kernels.sparse_attention.by_page import attend_by_page
 from minimax_kernels.triton_call import ceil_div, is_power_of_two
 from minimax_kernels.triton_support import require_pages
 
-FEW_QUERIES = 16  # queries a request, and
-FEW_TOKENS = 640  # tokens in all, up to which each token reads its own pages
+FEW_QUERIES = 16  # queries a request, or
+FEW_PROGRAMS = 1024  # tokens x groups in all, up to which each token reads its own pages
 
 
 def sparse_attention(
@@ -33,15 +33,17 @@ def sparse_attention(
     groups, _, topk = selected.shape
     require_pages(q, k_cache, k_cache.shape[2], head_dim, interpret=interpret)
     rows_per_token = num_heads // groups
+    queries = tile_size(num_tokens, batch.num_requests)
     if by_page is None:
-        by_page = tile_size(num_tokens, batch.num_requests) > FEW_QUERIES and num_tokens > FEW_TOKENS
+        by_page = queries > FEW_QUERIES and num_tokens * groups > FEW_PROGRAMS
     launch = page_options or page_launch(num_tokens, rows_per_token, groups, topk)
     keys = ceil_div(num_tokens, launch.window) * groups * batch.num_requests * batch.num_blocks
     if by_page and keys < 2**31 - 1 and rows_per_token <= 64 and is_power_of_two(rows_per_token):
         return attend_by_page(
             q, k_cache, v_cache, selected, batch, scale=scale, out=out, launch=launch, interpret=interpret
         )
+    attend = attend_launch(num_tokens, groups, topk, rows_per_token, prefill=queries > FEW_QUERIES)
     return attend_pages(
         q, k_cache, v_cache, batch, groups=groups, selection=Selection(topk, blocks=selected), scale=scale, out=out,
-        interpret=interpret, launch=attend_launch(num_tokens, groups, topk),
+        launch=attend, interpret=interpret,
     )  # fmt: skip

@@ -1,0 +1,35 @@
+"""The table of measured launches: what it holds can be launched, and tuning keeps what it did not measure."""
+
+from benchmarks.tuning import ATTEND, PAGES, TABLES, Shape, shapes, table_text
+from minimax_kernels import launch_table, measured_launches
+
+
+def test_measured_launches_are_candidates_of_their_kind():
+    for name in TABLES:
+        candidates = PAGES if name == "page" else ATTEND
+        for (rows, size), launch in getattr(measured_launches, name.upper()).items():
+            assert rows in (8, 16) and size & (size - 1) == 0 and launch in candidates
+
+
+def test_lookups_take_the_next_larger_size_and_formulas_beyond(monkeypatch):
+    monkeypatch.setattr(launch_table, "ATTEND_DECODE", {(8, 4): (4, 64, 8, 3), (8, 16): (16, 128, 4, 1)})
+    four, sixteen = (launch_table.attend_launch(tokens, 1, 16, 8) for tokens in (3, 5))
+    assert (four.blocks_per_program, four.launch.num_warps) == (4, 8) and sixteen.blocks_per_program == 1
+    beyond, other_heads = launch_table.attend_launch(64, 1, 16, 8), launch_table.attend_launch(3, 1, 16, 16)
+    assert beyond.blocks_per_program == 4 and other_heads.blocks_per_program == 1
+    assert launch_table.attend_launch(3, 1, 2, 8).blocks_per_program == 1  # fewer pages than programs were measured for
+
+
+def test_a_new_table_keeps_what_was_not_measured():
+    best = {name: {} for name in TABLES}
+    best["page"] = {(16, 1 << 20): (8, 4)}
+    found: dict = {}
+    exec(table_text(best), found)
+    assert found["ATTEND_DECODE"] == measured_launches.ATTEND_DECODE
+    assert found["PAGE"] == {**measured_launches.PAGE, **best["page"]}
+
+
+def test_shapes_are_keyed_as_the_kernels_look_them_up():
+    assert Shape("decode", 1, 16).key == (16, 64) and Shape("few", 8, 100).key == (8, 128)
+    assert Shape("page", 8, 8192).key == (8, 16384)
+    assert len({(shape.kind, shape.key) for shape in shapes(("decode", "few", "page"), False)}) == 22
