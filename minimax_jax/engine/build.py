@@ -22,6 +22,7 @@ from minimax_jax.engine.steps import Steps
 from minimax_jax.tensor_table import cache_bytes_per_token
 
 _CPU_CACHE_BYTES = 1 << 30
+_NARROWEST_TABLE, _WIDENING = 8, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,7 @@ def build_core(
     width = -(-limits.max_seq_len // page_size)
     if not measured and most is None:
         most = max(1, min(limits.max_batch_size * width, _CPU_CACHE_BYTES // page_bytes))
+    page_buckets = decode.page_buckets or (None if device.platform == "cpu" else _wide_tables(width))
     place = leaves[0].sharding if steps.ranks is None else steps.ranks.cache_placement
     small = limits.max_batch_size if most is None else min(most, limits.max_batch_size)
     pool = PagePool(config, small, dtype, place)
@@ -93,16 +95,14 @@ def build_core(
         RunnerConfig(
             limits.max_batch_size,
             segment.execution,
-            batch_sizes=decode.batch_sizes or buckets_up_to(limits.max_batch_size),
+            batch_sizes=decode.batch_sizes or _batch_sizes(limits.max_batch_size),
             pad_batches=decode.enable_padding,
             token_buckets=buckets,
-            page_buckets=decode.page_buckets,
+            page_buckets=page_buckets,
         ),
         end_ids=end_ids,
         max_pages=width,
-        segmented=steps.segments(buckets, (limits.max_batch_size,), decode.page_buckets)
-        if steps.ranks is None
-        else None,
+        segmented=steps.segments(buckets, (limits.max_batch_size,), page_buckets) if steps.ranks is None else None,
     )
 
     def run_largest() -> None:
@@ -136,6 +136,19 @@ def build_core(
     return EngineCore(runner, schedulers, end_ids=end_ids)
 
 
+def _batch_sizes(most: int) -> tuple[int, ...]:
+    """Powers of two, and the largest batch itself."""
+    return (*(1 << power for power in range((most - 1).bit_length())), most)
+
+
+def _wide_tables(most: int) -> tuple[int, ...]:
+    """Few widths for a device whose kernels read a row's own pages only: compiling costs more there than width."""
+    sizes = [_NARROWEST_TABLE]
+    while sizes[-1] < most:
+        sizes.append(sizes[-1] * _WIDENING)
+    return (*(size for size in sizes if size < most), most)
+
+
 def warm_up_all(runner: StepRunner, most_pages: int, *, progress: bool) -> None:
     """Runs a step of every shape that the buckets allow, the largest first, so that serving compiles none.
 
@@ -146,8 +159,10 @@ def warm_up_all(runner: StepRunner, most_pages: int, *, progress: bool) -> None:
     config = runner.config
     rows = config.batch_sizes or buckets_up_to(config.max_batch_size)
     pages = [width for width in config.page_buckets or buckets_up_to(most_pages) if width <= most_pages]
-    steps = [("prefill", *shape) for shape in itertools.product(config.token_buckets, rows, pages)]
+    few, full = config.mixed_rows(1), config.mixed_rows(config.max_batch_size)
+    steps = [("prefill", *shape) for shape in itertools.product(config.token_buckets, sorted({few, full}), pages)]
+    # more than a few rows have at least a token each
+    steps = [step for step in steps if step[2] == few or step[1] > few]
     steps += [("decode", count, count, width) for count, width in itertools.product(rows, pages)]
-    steps = [step for step in steps if step[2] <= step[1]]  # a token at least for each row
     for step in tqdm(steps[::-1], "warming up", unit="step", disable=None if progress else True, delay=2):
         runner.warm_up(*step)

@@ -28,6 +28,7 @@ from minimax_jax.engine.steps import MAX_PREFILL_TOKENS, PickFeatures, PickInput
 from minimax_kernels import Batch
 
 _SCORED_ROWS = 256  # prompt tokens whose logits exist at once
+_FEW_ROWS = 8  # sequences of a step with prompts, up to which it is not padded to a full batch
 _EDITED_PAGES = 8  # the least number of page edits that is compiled for
 
 
@@ -39,7 +40,7 @@ class RunnerConfig:
       max_batch_size: sequences of one step, on each data rank.
       execution: "segmented", "whole", "eager" or "auto"; see `engine/execution.py`.
       batch_sizes: rows to compile for, the largest at least `max_batch_size`; None for powers of two and three quarters
-        of these. Steps that only decode are padded to one of them.
+        of these. Steps that only decode are padded to one of them, others to one of two.
       pad_batches: without it, such steps are compiled for each number of rows that occurs.
       token_buckets: tokens to compile for where prompts take part.
       page_buckets: widths of block tables to compile for; None for powers of two and three quarters.
@@ -58,6 +59,11 @@ class RunnerConfig:
     def rows(self, count: int) -> int:
         """Rows to compile for, for `count` sequences."""
         return padded_size(count, self.batch_sizes)
+
+    def mixed_rows(self, count: int) -> int:
+        """The same where prompts take part: one of two sizes, since tokens and pages vary there as well."""
+        few = self.rows(min(_FEW_ROWS, self.max_batch_size))
+        return few if count <= few else self.rows(self.max_batch_size)
 
     def tokens(self, count: int) -> int:
         """Tokens to compile for, where prompts take part."""
@@ -167,8 +173,10 @@ class StepRunner:
 
     def _shape(self, plans: Rows[StepPlan], kind: str) -> StepShape:
         count = max(len(plan.rows) for plan in plans)
-        rows = count if kind == "decode" and not self.config.pad_batches else self.config.rows(count)
-        tokens = rows if kind == "decode" else self.config.tokens(max(plan.num_tokens for plan in plans))
+        if kind == "decode":
+            rows = tokens = self.config.rows(count) if self.config.pad_batches else count
+        else:
+            rows, tokens = self.config.mixed_rows(count), self.config.tokens(max(plan.num_tokens for plan in plans))
         ends = [row.start + row.count for plan in plans for row in plan.rows]
         return StepShape(tokens, rows, self.config.pages(-(-max(ends) // self._page_size)))
 
@@ -198,15 +206,15 @@ class StepRunner:
         """Compiles and runs one step of the largest context that `num_pages` hold, which writes to no page.
 
         Args:
-          kind: "prefill", with `num_tokens` of one sequence and one each of others, or "decode".
+          kind: "prefill", with one token of each sequence and what is left of the first, or "decode".
         """
         shape = StepShape(num_tokens if kind == "prefill" else num_rows, num_rows, num_pages)
         groups = self._groups
-        counts = np.ones(num_rows, np.int32)
-        if kind == "prefill":
-            counts[0] = num_tokens - num_rows + 1
+        live = min(num_rows, shape.tokens)
+        counts = (np.arange(num_rows) < live).astype(np.int32)
+        counts[0] += shape.tokens - live
         ends = np.cumsum(counts, dtype=np.int32)
-        contexts = np.full(num_rows, num_pages * self._page_size, np.int32)
+        contexts = np.where(counts > 0, num_pages * self._page_size, 0).astype(np.int32)
         at = np.repeat(np.arange(num_rows), counts)
         positions = np.arange(shape.tokens, dtype=np.int32) - ends[at] + contexts[at]
         none, zeros = np.full(shape.tokens, -1, np.int32), np.zeros(shape.tokens, np.int32)
@@ -218,7 +226,8 @@ class StepRunner:
         if how == "whole":
             _, last = self._run_whole(arrays)
         else:
-            step = FlatStep(zeros, positions, StepLayout(tables, starts, contexts, none))
+            layout = StepLayout(tables[:live], starts[: live + 1], contexts[:live], none)
+            step = FlatStep(zeros, positions, layout)
             _, last = self._run_flat(step, arrays.last, eager=how == "eager")
         for features in (PickFeatures(), PickFeatures(greedy=False, truncated=True)):
             parameters = pick_parameters([StepPlan()] * groups, num_rows, self._model.vocab_size, ())
