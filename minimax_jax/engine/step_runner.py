@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from minimax_jax.attention import StepLayout, check_pages, step_layout
+from minimax_jax.attention import StepLayout, check_pages, send_together, step_layout
 from minimax_jax.buckets import bucket, buckets_up_to, padded_size
 from minimax_jax.cache import PagePool
 from minimax_jax.config import MiniMaxM3Config
@@ -194,10 +194,12 @@ class StepRunner:
         if any(plan.copies for plan in plans):
             self.copy_pages([plan.copies for plan in plans])
         if how == "whole":
-            hidden, last = self._run_whole(arrays)
+            sent = self._send(arrays)
+            hidden, last = self._run_whole(arrays, sent)
         else:
+            sent = arrays
             hidden, last = self._run_segments(plans[0], arrays, eager=how == "eager")
-        tokens, logprobs = self._pick(arrays, last, *self._pick_parameters(plans, shape.rows))
+        tokens, logprobs = self._pick(sent, last, *self._pick_parameters(plans, shape.rows))
         scores = self._score_prompts(plans, shape, hidden)
         jax.tree.map(_start_copy, (tokens, logprobs, [score.scores for score in scores]))
         return LaunchedStep(tuple(plans), shape.rows, tokens, logprobs, scores, kind, how)
@@ -224,7 +226,8 @@ class StepRunner:
         arrays = StepArrays(*(np.concatenate([field] * groups) for field in fields))
         how = self._choose(kind, shape.tokens)
         if how == "whole":
-            _, last = self._run_whole(arrays)
+            sent = self._send(arrays)
+            _, last = self._run_whole(arrays, sent)
         else:
             layout = StepLayout(tables[:live], starts[: live + 1], contexts[:live], none)
             step = FlatStep(zeros, positions, layout)
@@ -296,10 +299,18 @@ class StepRunner:
         flat = self._place((slots.reshape(-1), prompt.reshape(-1), output.reshape(-1)))
         self._state = self._steps.begin_row(self._state, *flat)
 
-    def _run_whole(self, arrays: StepArrays) -> tuple[Float[Array, "T H"], Float[Array, "R H"]]:
-        """(hidden states, those of each row's last token)."""
-        batch: Any = Batch(arrays.block_tables, arrays.query_starts, arrays.kv_lens)  # type: ignore[arg-type]
-        given: Any = (arrays.tokens, arrays.sources, arrays.positions, arrays.slots, batch, arrays.last)
+    def _send(self, arrays: StepArrays) -> StepArrays:
+        """The arrays on one device in one transfer; ranks place their own."""
+        if self._steps.ranks is not None:
+            return arrays
+        names = [field.name for field in dataclasses.fields(arrays)]
+        sent: Any = send_together([getattr(arrays, name) for name in names])
+        return StepArrays(*sent)
+
+    def _run_whole(self, arrays: StepArrays, sent: StepArrays) -> tuple[Float[Array, "T H"], Float[Array, "R H"]]:
+        """(hidden states, those of each row's last token); `sent` are the arrays as `_send` gives them."""
+        batch: Any = Batch(sent.block_tables, sent.query_starts, sent.kv_lens)  # type: ignore[arg-type]
+        given: Any = (sent.tokens, sent.sources, sent.positions, sent.slots, batch, sent.last)
         step = self._place(StepInputs(*given))
         with self.pool.borrow() as lent:
             self._check_pages(arrays)
