@@ -84,7 +84,8 @@ def test_declared_dependency_is_installed_within_its_bounds(line: str):
 
 def test_every_import_is_declared():
     declared = {Requirement(line).name for line in PROJECT["dependencies"]} | {"jaxlib", *PACKAGES}
-    optional = {"torch", "transformers"}  # the test below sees that nobody loads them without being asked to
+    # the test below sees that nobody loads them without being asked to
+    optional = {"torch", "transformers", "matplotlib"}
     undeclared = [
         f"{name}: {found}"
         for name, path in modules()
@@ -98,7 +99,7 @@ def test_every_import_is_declared():
     "statement", ["import minimax_jax, minimax_jax.cli", "from minimax_jax import MiniMaxM3ForCausalLM"]
 )
 def test_import_needs_neither_torch_nor_transformers(statement: str):
-    assert not loaded_after(statement) & {"torch", "transformers"}
+    assert not loaded_after(statement) & {"torch", "transformers", "matplotlib"}
 
 
 def test_only_the_bridge_and_the_model_that_users_hold_know_torch():
