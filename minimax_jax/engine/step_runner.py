@@ -161,7 +161,7 @@ class StepRunner:
 
     def _how(self, plans: Rows[StepPlan]) -> tuple[str, str]:
         """(kind, execution) of a step."""
-        kind = "decode" if all(row.count == 1 for plan in plans for row in plan.rows) else "prefill"
+        kind = "decode" if all(row.num_tokens == 1 for plan in plans for row in plan.rows) else "prefill"
         return kind, self._choose(kind, max(plan.num_tokens for plan in plans))
 
     def _choose(self, kind: str, num_tokens: int) -> str:
@@ -177,7 +177,7 @@ class StepRunner:
             rows = tokens = self.config.rows(count) if self.config.pad_batches else count
         else:
             rows, tokens = self.config.mixed_rows(count), self.config.tokens(max(plan.num_tokens for plan in plans))
-        ends = [row.start + row.count for plan in plans for row in plan.rows]
+        ends = [row.start + row.num_tokens for plan in plans for row in plan.rows]
         return StepShape(tokens, rows, self.config.pages(-(-max(ends) // self._page_size)))
 
     def launch(self, plans: Rows[StepPlan]) -> LaunchedStep:
@@ -330,7 +330,7 @@ class StepRunner:
         """Through segments, which pad for themselves: one data rank, all tokens known."""
         rows, total = len(plan.rows), plan.num_tokens
         assert (arrays.sources < 0).all()
-        counts = np.array([row.count for row in plan.rows], np.int32)
+        counts = np.array([row.num_tokens for row in plan.rows], np.int32)
         tables, kv_lens = arrays.block_tables[:rows], arrays.kv_lens[:rows]
         layout = step_layout(tables, counts, kv_lens, self._page_size)
         step = FlatStep(arrays.tokens[:total], arrays.positions[:total], layout)
@@ -380,14 +380,14 @@ class StepRunner:
         for group, plan in enumerate(plans):
             end = 0
             for row in plan.rows:
-                end += row.count
+                end += row.num_tokens
                 asked = row.sequence.params.prompt_logprobs
-                last = min(row.start + row.count, row.sequence.num_prompt - 1)
+                last = min(row.start + row.num_tokens, row.sequence.num_prompt - 1)
                 if asked is None or row.start >= last:
                     continue
                 for first in range(row.start, last, _SCORED_ROWS):
                     count = min(_SCORED_ROWS, last - first)
-                    found.append(self._score(group, row, first, count, end - row.count, hidden, bucket(asked)))
+                    found.append(self._score(group, row, first, count, end - row.num_tokens, hidden, bucket(asked)))
         return tuple(found)
 
     def _score(
