@@ -28,7 +28,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-GRACE = 10.0  # seconds that the others have to end by themselves, with a message
 POLL = 0.1
 
 
@@ -60,6 +59,7 @@ def arguments() -> argparse.Namespace:
     add("--nodes", type=int, default=1, metavar="N", help="hosts, each with a launch.py of its own (default: 1)")
     add("--node", type=int, default=0, metavar="I", help="with --nodes: which of them this is (default: 0)")
     add("--coordinator", metavar="HOST:PORT", help="process 0 (default: the first host, and a port that is free here)")
+    add("--grace", type=float, default=10, metavar="S", help="when one fails, seconds for the others (default: 10)")
     add("command", nargs=argparse.REMAINDER, help="-- and the command")
     args = parser.parse_args()
     args.command = args.command[1:] if args.command[:1] == ["--"] else args.command
@@ -108,9 +108,9 @@ def command_of(place: Place, args: argparse.Namespace, coordinator: str) -> list
     return [*shlex.split(args.ssh), place.host, f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(command)}"]
 
 
-def end(running: list[subprocess.Popen]) -> None:
-    """Ends what still runs: a moment to do it themselves, then by signals."""
-    for wait, number in ((GRACE, signal.SIGTERM), (2.0, signal.SIGKILL)):
+def end(running: list[subprocess.Popen], grace: float) -> None:
+    """Ends what still runs: a moment to do it themselves, with a message, then by signals."""
+    for wait, number in ((grace, signal.SIGTERM), (2.0, signal.SIGKILL)):
         deadline = time.monotonic() + wait
         while time.monotonic() < deadline and any(process.poll() is None for process in running):
             time.sleep(POLL)
@@ -150,15 +150,15 @@ def main() -> int:
         failed = watch(running)
     except OSError as error:
         print(f"launch.py: error: {error}", file=sys.stderr)
-        end(running)
+        end(running, args.grace)
         return 2
     except KeyboardInterrupt:  # the terminal has sent it to all processes
-        end(running)
+        end(running, args.grace)
         return 130
     if failed is None:
         return 0
     number, code = failed
-    end(running)
+    end(running, args.grace)
     shown = f"signal {-code}" if code < 0 else f"status {code}"
     print(f"launch.py: process {places(args)[number].process} ended first, with {shown}", file=sys.stderr)
     return 128 - code if code < 0 else code
