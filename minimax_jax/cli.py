@@ -15,9 +15,10 @@ from typing import NoReturn
 
 from minimax_jax.cli_arguments import EXIT_CODES, Paragraphs, integer, number
 from minimax_jax.cli_bench import add_bench
+from minimax_jax.cli_errors import outcome
+from minimax_jax.cli_parallel import add_parallel
 
-OK, PROBLEMS, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-_SHOWN_PROBLEMS = 3  # of a checkpoint that does not load; `inspect` lists them all
+OK, PROBLEMS = 0, 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,15 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")
     try:
         return _run(argv)
-    except KeyboardInterrupt:
-        print("\nminimax-jax: interrupted", file=sys.stderr)
-        return INTERRUPTED
     except BrokenPipeError:  # the reader (`| head`) has seen enough
         _discard_stdout()
         return OK
-    except (ValueError, OSError, MemoryError) as error:
-        print(f"minimax-jax: error: {_one_line(error)}", file=sys.stderr)
-        return BAD_INPUT
+    except (KeyboardInterrupt, ValueError, OSError, MemoryError) as error:
+        text, code = outcome(error)
+        print(text, file=sys.stderr)
+        return code
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -148,6 +147,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     )
     add("--ignore-eos", action="store_true", help="go on after end-of-text tokens (default: stop there)")
     add("--json", action="store_true", help="print one JSON object at the end instead of streaming (default: off)")
+    add_parallel(parser)
     parser.set_defaults(run=_generate)
 
 
@@ -190,22 +190,6 @@ def _inspect(args: argparse.Namespace) -> int:
     report = inspect_model(args.directory, read_values=args.check)
     print(render_json(report) if args.json else render_text(report))
     return OK if report.ok else PROBLEMS
-
-
-def _one_line(error: Exception) -> str:
-    """What an error says, on one line: a list of problems is joined, and shortened if it is a checkpoint's."""
-    problems = getattr(error, "problems", ())  # a CheckpointError's; importing that class here would cost time
-    if len(problems) > 1:
-        shown = "; ".join(problems[:_SHOWN_PROBLEMS])
-        rest = f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
-        where = getattr(error, "where", "checkpoint")
-        text = f"{where}: {len(problems)} problems: {shown}{rest} (`minimax-jax inspect` lists all)"
-    elif isinstance(error, OSError) and error.strerror and error.filename is not None:
-        text = f"{error.filename}: {error.strerror}"
-    else:
-        text = str(error) or type(error).__name__
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return "; ".join(lines).replace(":; ", ": ")
 
 
 def _discard_stdout() -> None:

@@ -11,6 +11,7 @@ exit codes:
   0    done
   1    inspect: the checkpoint has problems
   2    bad usage or bad input; one line on standard error says what
+  3    with several processes: one of them was lost, and all have ended
   130  interrupted with Ctrl-C"""
 
 

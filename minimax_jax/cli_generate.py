@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minimax_jax.chat import THINK_CLOSE, THINK_OPEN, ThinkingParser, split_thinking
+from minimax_jax.cli_errors import INTERRUPTED
+from minimax_jax.cli_parallel import joined
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.engine.prompts import document_ids
 from minimax_jax.paths import model_directory
@@ -21,8 +23,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from minimax_jax.causal_lm import MiniMaxM3ForCausalLM
+    from minimax_jax.parallel import ParallelConfig, Processes
 
-OK, INTERRUPTED = 0, 130
+OK = 0
 _NO_EOS = -1  # what `generate` takes for "no token ends a row"
 
 
@@ -35,29 +38,56 @@ def run_generate(args: argparse.Namespace) -> int:
       ValueError, OSError, MemoryError: for whatever the user can put right; the message says how.
     """
     _require_chat(args)
+    with joined(args) as (processes, parallel):
+        return _run(args, parallel, processes)
+
+
+def _run(args: argparse.Namespace, parallel: ParallelConfig, processes: Processes) -> int:
     directory = model_directory(args.model)
     config = MiniMaxM3Config.from_pretrained(directory)
     tokenizer = Tokenizer.from_pretrained(directory)
-    prompt, source = _read_prompt(args)
-    try:
-        ids = chat_ids(tokenizer, prompt, args) if args.chat else document_ids(tokenizer, prompt, config)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
-    _require_room(ids, args.max_new_tokens, config, source)
+    prompt, ids = processes.from_first(lambda: _prompt_ids(args, tokenizer, config))
 
     started = time.perf_counter()
-    model = _load(args)
+    model = _load(args, parallel, processes)
     load_seconds = time.perf_counter() - started
     stream = TextStream(tokenizer)
     pieces = AnswerText(stream, args.thinking_mode) if args.chat else stream
-    run = Run(len(ids), None if args.json else pieces)
+    run = Run(len(ids), pieces if processes.is_first and not args.json else None)
     interrupted = False
     try:
         _generate(model, ids, args, run)
     except KeyboardInterrupt:
         interrupted = True
     run.finish()
+    if processes.is_first:
+        _print_end(args, model, prompt, ids, run, tokenizer, load_seconds, interrupted=interrupted)
+    if interrupted and processes.count > 1:  # the others may be a step ahead, and wait for this process
+        processes.leave(None, INTERRUPTED)
+    return INTERRUPTED if interrupted else OK
 
+
+def _prompt_ids(args: argparse.Namespace, tokenizer: Tokenizer, config: MiniMaxM3Config) -> tuple[str, list[int]]:
+    prompt, source = _read_prompt(args)
+    try:
+        ids = chat_ids(tokenizer, prompt, args) if args.chat else document_ids(tokenizer, prompt, config)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    _require_room(ids, args.max_new_tokens, config, source)
+    return prompt, ids
+
+
+def _print_end(
+    args: argparse.Namespace,
+    model: MiniMaxM3ForCausalLM,
+    prompt: str,
+    ids: list[int],
+    run: Run,
+    tokenizer: Tokenizer,
+    load_seconds: float,
+    *,
+    interrupted: bool,
+) -> None:
     eos = () if args.ignore_eos else model.generation_config.eos_token_id
     ended = bool(run.token_ids) and run.token_ids[-1] in eos
     reason = "interrupted" if interrupted else "stop" if ended else "length"
@@ -66,7 +96,6 @@ def run_generate(args: argparse.Namespace) -> int:
     else:
         print(flush=True)
         print(run.statistics(), file=sys.stderr)
-    return INTERRUPTED if interrupted else OK
 
 
 def chat_ids(tokenizer: Tokenizer, text: str, args: argparse.Namespace) -> list[int]:
@@ -231,12 +260,15 @@ def _require_room(ids: list[int], new_tokens: int | None, config: MiniMaxM3Confi
         )
 
 
-def _load(args: argparse.Namespace) -> MiniMaxM3ForCausalLM:
+def _load(args: argparse.Namespace, parallel: ParallelConfig, processes: Processes) -> MiniMaxM3ForCausalLM:
     from minimax_jax import MiniMaxM3ForCausalLM
 
     _require_device()
+    options: dict[str, Any] = {} if parallel.num_devices == 1 else {"parallel": parallel}
+    if not processes.is_first:
+        options["progress"] = False
     with _memory_errors():
-        return MiniMaxM3ForCausalLM.from_pretrained(args.model, dtype=args.dtype)
+        return MiniMaxM3ForCausalLM.from_pretrained(args.model, dtype=args.dtype, **options)
 
 
 def _require_device() -> None:

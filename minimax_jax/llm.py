@@ -14,7 +14,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
-import jax
 import numpy as np
 
 from minimax_jax.causal_lm import MiniMaxM3ForCausalLM
@@ -38,6 +37,9 @@ class LLM:
 
     Calls from several threads share batches. All work on the device is done on a thread of its own.
 
+    Over ranks of several processes (`minimax_jax.parallel.start_processes`) every process makes the same calls in the
+    same order, from one thread; one call runs at a time, and all processes get its answers.
+
     Attributes:
       model: weights and tokenizer.
       max_seq_len: tokens that prompt and answer have room for.
@@ -51,6 +53,7 @@ class LLM:
         tensor_parallel_size: int = 1,
         moe_expert_parallel_size: int | None = None,
         enable_attention_dp: bool = False,
+        parallel: ParallelConfig | None = None,
         max_batch_size: int = 64,
         max_num_tokens: int = 8192,
         max_seq_len: int | None = None,
@@ -70,6 +73,7 @@ class LLM:
           moe_expert_parallel_size: devices that routed experts are dealt to; None for 1, with attention data
             parallelism for all.
           enable_attention_dp: whether each device attends for requests of its own.
+          parallel: instead of these three, sizes as `from_pretrained` takes them.
           max_batch_size: sequences that run at once, on each data rank.
           max_num_tokens: of one step, on each data rank; at least `max_batch_size`.
           max_seq_len: tokens of prompt and answer; None for the model's. What the pages hold is a limit as well.
@@ -97,15 +101,19 @@ class LLM:
             )
         if warm_up not in (None, True, False, "all"):
             raise ValueError(f"warm_up = {warm_up!r}: must be None, True, False or 'all'")
-        parallel = _parallel(tensor_parallel_size, moe_expert_parallel_size, enable_attention_dp)
+        sizes = _parallel(tensor_parallel_size, moe_expert_parallel_size, enable_attention_dp)
+        if parallel is not None and sizes.num_devices > 1:
+            raise ValueError(
+                "parallel: not allowed with tensor_parallel_size, moe_expert_parallel_size or enable_attention_dp"
+            )
+        sizes = sizes if parallel is None else parallel
+        spread = None if sizes.num_devices == 1 else sizes
         if isinstance(model, MiniMaxM3ForCausalLM):
-            if parallel is not None:
+            if spread is not None:
                 raise ValueError("tensor_parallel_size: must be 1 for a loaded model, which has its own layout")
             self.model = model
         else:
-            self.model = MiniMaxM3ForCausalLM.from_pretrained(model, dtype, parallel=parallel, progress=progress)
-        if jax.process_count() > 1:
-            raise ValueError("LLM runs in one process; with several, use MiniMaxM3ForCausalLM.generate in each")
+            self.model = MiniMaxM3ForCausalLM.from_pretrained(model, dtype, parallel=spread, progress=progress)
         config = self.model.config
         longest = config.max_position_embeddings
         if max_seq_len is not None and not 2 <= max_seq_len <= longest:
@@ -127,7 +135,7 @@ class LLM:
             progress=progress,
         )
         self.max_seq_len = min(max_seq_len or longest, core.schedulers[0].capacity)
-        self._core, self._thread = core, EngineThread(core)
+        self._core, self._thread = core, EngineThread(core, lockstep=core.runner.spans_processes)
         self._arrivals, self._seeds = itertools.count(), np.random.default_rng(seed)
 
     def __enter__(self) -> Self:
@@ -220,8 +228,11 @@ class LLM:
         Whoever stops listening (`break`, cancellation, `aclose`) ends the request.
 
         Raises:
-          RequestError, ValueError: what ended the request or kept it from beginning.
+          RequestError, ValueError: what ended the request or kept it from beginning; ValueError also over ranks of
+            several processes, which could not agree on when it ends.
         """
+        if self._core.runner.spans_processes:
+            raise ValueError("generate_async: must run in one process; `generate` and `chat` run in several")
         request = self._request(prompt, self._spread(sampling_params, 1)[0])
         loop = asyncio.get_running_loop()
         outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
@@ -364,8 +375,7 @@ def _is_prompt(value: Any) -> bool:
     return isinstance(value, str) or hasattr(value, "__len__")
 
 
-def _parallel(tensor: int, expert: int | None, attention_dp: bool) -> ParallelConfig | None:
+def _parallel(tensor: int, expert: int | None, attention_dp: bool) -> ParallelConfig:
     if expert is None:
         expert = tensor if attention_dp else 1
-    parallel = ParallelConfig(1 if attention_dp else tensor, expert, tensor if attention_dp else 1)
-    return None if parallel.num_devices == 1 else parallel
+    return ParallelConfig(1 if attention_dp else tensor, expert, tensor if attention_dp else 1)

@@ -17,9 +17,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from minimax_jax.cli_parallel import joined
 from minimax_jax.engine.outputs import RequestOutput
 from minimax_jax.engine.sampling_params import SamplingParams
 from minimax_jax.llm import LLM
+from minimax_jax.parallel import ParallelConfig, Processes
 
 OK = 0
 
@@ -63,21 +65,26 @@ def run_bench(args: argparse.Namespace) -> int:
     Raises:
       ValueError, OSError: for whatever the user can put right.
     """
+    with joined(args) as (processes, parallel):
+        return _run(args, parallel, processes)
+
+
+def _run(args: argparse.Namespace, parallel: ParallelConfig, processes: Processes) -> int:
     longest = max(args.input_lens) + args.output_len
-    texts = None if args.prompt_file is None else _read_prompts(args.prompt_file)
-    args.out.mkdir(parents=True, exist_ok=True)  # before the minutes that follow
+    texts = processes.from_first(lambda: None if args.prompt_file is None else _read_prompts(args.prompt_file))
+    if processes.is_first:
+        args.out.mkdir(parents=True, exist_ok=True)  # before the minutes that follow
     with LLM(
         args.model,
         dtype=args.dtype,
-        tensor_parallel_size=args.tensor_parallel_size,
-        moe_expert_parallel_size=args.moe_expert_parallel_size,
-        enable_attention_dp=args.enable_attention_dp,
+        parallel=parallel,
         max_batch_size=args.max_batch_size,
         max_num_tokens=args.max_num_tokens,
         max_seq_len=longest + 1 if texts is None else None,
         cache_config={"enable_reuse": False},  # repeats must compute everything again
+        progress=processes.is_first,
     ) as llm:
-        say = _printer()
+        say = _printer() if processes.is_first else _silent
         points = []
         for input_len in args.input_lens:
             for batch in args.batch_sizes:
@@ -90,13 +97,20 @@ def run_bench(args: argparse.Namespace) -> int:
                 prompts = random_prompts(llm, args.num_prompts, max(args.input_lens), args.seed)
             say(f"throughput: {len(prompts)} prompts")
             throughput = measure_throughput(llm, prompts, args.output_len, args.repeats)
-        report = _report(args, llm, points, throughput)
+        report = _report(args, parallel, llm, points, throughput)
+    if processes.is_first:
+        say("")
+        _write(args, report, points, throughput)
+    return OK
+
+
+def _write(
+    args: argparse.Namespace, report: dict[str, Any], points: list[Point], throughput: Throughput | None
+) -> None:
     (args.out / "bench.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    say("")
     print(table(points, throughput))
     drawn = _draw(points, report["device"], args.out / "bench.png")
     print(f"{args.out / 'bench.json'}{f', {drawn}' if drawn else ' (no picture: matplotlib is not installed)'}")
-    return OK
 
 
 def random_prompts(llm: LLM, count: int, length: int, seed: int) -> list[list[int]]:
@@ -170,11 +184,15 @@ def _read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def _report(args: argparse.Namespace, llm: LLM, points: list[Point], throughput: Throughput | None) -> dict[str, Any]:
+def _report(
+    args: argparse.Namespace, parallel: ParallelConfig, llm: LLM, points: list[Point], throughput: Throughput | None
+) -> dict[str, Any]:
     device = llm.model.leaves[0].devices()
     return {
         "model": str(args.model),
         "device": f"{len(device)} x {next(iter(device)).device_kind}",
+        "parallel": dataclasses.asdict(parallel),
+        "processes": jax.process_count(),
         "dtype": llm.model.dtype.name,
         "jax": jax.__version__,
         "python": platform.python_version(),
@@ -234,6 +252,10 @@ def _draw(points: list[Point], device: str, path: Path) -> Path | None:
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)
     return path
+
+
+def _silent(text: str) -> None:
+    """Of the processes that do not print."""
 
 
 def _printer() -> Callable[[str], None]:

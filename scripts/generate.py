@@ -21,7 +21,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from minimax_jax import LLM, SamplingParams  # noqa: E402
 from minimax_jax.assistant import parse_answer  # noqa: E402
+from minimax_jax.cli_parallel import add_parallel, joined  # noqa: E402
 from minimax_jax.engine.outputs import RequestOutput  # noqa: E402
+from minimax_jax.parallel import ParallelConfig  # noqa: E402
 
 
 def arguments() -> argparse.Namespace:
@@ -41,9 +43,8 @@ def arguments() -> argparse.Namespace:
     add("--stop", action="append", default=[], help="a string that ends an answer; may be repeated")
     add("--seed", type=int, help="of every request's draws (default: another one each)")
     add("--max-batch-size", type=int, default=64, help="sequences at once (default: 64)")
-    add("--tensor-parallel-size", type=int, default=1, help="devices that share heads (default: 1)")
-    add("--moe-expert-parallel-size", type=int, help="devices that share experts (default: 1)")
     add("--json", action="store_true", help="one JSON object a line (default: text)")
+    add_parallel(parser)
     return parser.parse_args()
 
 
@@ -90,31 +91,34 @@ def show(prompt: str, output: RequestOutput, args: argparse.Namespace) -> None:
         print(f"{prompt}\n  failed: {error}\n", file=sys.stderr)
 
 
+def answer(
+    prompts: list[str], args: argparse.Namespace, parallel: ParallelConfig, *, first: bool
+) -> list[RequestOutput]:
+    """All answers; `first` is whether this process shows progress."""
+    with LLM(args.model, max_batch_size=args.max_batch_size, parallel=parallel, progress=first) as llm:
+        params = sampling(llm, args)
+        if args.chat:
+            messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            return llm.chat(messages, params, thinking_mode=args.thinking_mode, use_tqdm=first)
+        return llm.generate(prompts, params, use_tqdm=first)
+
+
 def main() -> int:
     """Runs the script."""
     args = arguments()
     try:
-        prompts = prompts_of(args)
-        with LLM(
-            args.model,
-            max_batch_size=args.max_batch_size,
-            tensor_parallel_size=args.tensor_parallel_size,
-            moe_expert_parallel_size=args.moe_expert_parallel_size,
-        ) as llm:
-            params = sampling(llm, args)
-            if args.chat:
-                messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-                outputs = llm.chat(messages, params, thinking_mode=args.thinking_mode)
-            else:
-                outputs = llm.generate(prompts, params)
+        with joined(args) as (processes, parallel):
+            prompts = processes.from_first(lambda: prompts_of(args))
+            outputs = answer(prompts, args, parallel, first=processes.is_first)
+            if processes.is_first:
+                for prompt, output in zip(prompts, outputs, strict=True):
+                    show(prompt, output, args)
     except (ValueError, OSError) as error:
         print(f"generate.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ngenerate.py: interrupted", file=sys.stderr)
         return 130
-    for prompt, output in zip(prompts, outputs, strict=True):
-        show(prompt, output, args)
     return 1 if any(output.error is not None for output in outputs) else 0
 
 

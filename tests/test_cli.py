@@ -13,35 +13,19 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizer_samples import write_tokenizer
 
 import minimax_jax
 from minimax_jax import GenerationConfig, MiniMaxM3Config, MiniMaxM3ForCausalLM
 from minimax_jax.checkpoint import STYLES, save_state, state_tensors
 from minimax_jax.cli import build_parser, main
 from minimax_jax.cli_generate import AnswerText, Run
-from minimax_jax.paths import model_directory
 from minimax_jax.tokenizer import TextStream, Tokenizer
 
-SPECIAL = ["]~b]", "[e~[", "]~!b["]
-PLAIN = ["<mm:think>", "</mm:think>"]
 END, START = 257, 258
 STATISTICS = re.compile(
     r"(\d+) prompt tokens?, (\d+) new tokens?, [\d.]+ s to first token, (?:[\d.]+ tokens/s|no rate)\n"
 )
-
-
-def write_tokenizer(folder: Path) -> None:
-    """One token a byte, and M3's markers."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(SPECIAL)
-    backend.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in PLAIN])
-    backend.save(str(folder / "tokenizer.json"))
-    shutil.copy(model_directory("tiny") / "chat_template.jinja", folder)
 
 
 def small_config() -> MiniMaxM3Config:

@@ -54,7 +54,7 @@ def test_bench_writes_its_results(checkpoint, tmp_path, capsys):
         (["--batch-sizes", "1,x"], "--batch-sizes: must be an integer >= 1, got 'x'"),
         (["--output-len", "1"], "--output-len: must be an integer >= 2, got '1'"),
         (["--prompt-file", "/nowhere"], "/nowhere: No such file or directory"),
-        (["--tensor-parallel-size", "3"], "tensor = 3: must be one of"),
+        (["--tp", "3"], "tensor = 3: must be one of"),
     ],
 )
 def test_bad_bench_arguments_are_named(arguments, message, tmp_path, capsys):

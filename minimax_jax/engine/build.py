@@ -74,7 +74,7 @@ def build_core(
         raise ValueError(
             f"segment_config: buckets end at {buckets[-1]}: must reach max_num_tokens = {limits.max_num_tokens}"
         )
-    device = next(iter(leaves[0].devices()))
+    device = leaves[0].addressable_shards[0].device
     itemsize = jax.numpy.dtype(dtype).itemsize
     local = config if steps.ranks is None else steps.ranks.layout.local_config
     page_bytes = page_size * cache_bytes_per_token(local, itemsize=itemsize)

@@ -13,6 +13,7 @@ from jaxtyping import Array
 from minimax_jax.cache import PagePool
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.engine.segmented_prefill import SegmentedPrefill
+from minimax_jax.parallel.processes import smallest_of_all
 from minimax_jax.tensor_table import cache_bytes_per_token
 
 _PIECE_BYTES = 1 << 28
@@ -95,6 +96,7 @@ def fill_memory(
         )
         if most_pages is not None:
             num_pages = min(num_pages, most_pages)
+        num_pages = smallest_of_all(num_pages)
     pool.resize(num_pages, keep=False)
     warm_up()
 

@@ -80,7 +80,12 @@ class EngineCore:
             self._end(sequence, "abort")
 
     def step(self) -> list[Sequence]:
-        """Launches the next step and reads the one before; returns the sequences that got a token or ended."""
+        """Launches the next step and reads the one before; returns the sequences that got a token or ended.
+
+        Raises:
+          jax.errors.JaxRuntimeError: over ranks of several processes, for a step that the device refused. Elsewhere it
+            ends one request.
+        """
         touched: list[Sequence] = []
         plans = [scheduler.schedule() for scheduler in self.schedulers]
         if self._inflight is not None and any(p.rows for p in plans) and self.runner.needs_known_tokens(plans):
@@ -91,6 +96,8 @@ class EngineCore:
             try:
                 launched = self.runner.launch(plans)
             except jax.errors.JaxRuntimeError as error:
+                if self.runner.spans_processes:
+                    raise
                 touched += self._read()
                 return touched + (self._start_over(plans, error) if self._intact else [])
             self._count(launched)
@@ -114,6 +121,8 @@ class EngineCore:
             for scores in step.prompt_scores:
                 self._keep_scores(scores.sequence, scores.first, scores.count, self.runner.fetch_scores(scores))
         except jax.errors.JaxRuntimeError as error:
+            if self.runner.spans_processes:  # the others may have seen it succeed, and nobody can tell them
+                raise
             self._intact = False
             return self._start_over(step.plans, error)
         touched: list[Sequence] = []

@@ -16,8 +16,13 @@ Listener = Callable[[Request], None]
 class EngineThread:
     """Runs an `EngineCore`; the core belongs to this thread alone until `close`."""
 
-    def __init__(self, core: EngineCore):
-        self._core = core
+    def __init__(self, core: EngineCore, *, lockstep: bool = False):
+        """
+        Args:
+          lockstep: whether other processes run the same steps. What is handed in then waits until all before it is
+            done, since when it comes differs between the processes; and a request that is given up ends the engine.
+        """
+        self._core, self._lockstep = core, lockstep
         self._changed = threading.Condition()
         self._arrived: list[tuple[Request, Listener]] = []
         self._aborted: list[Request] = []
@@ -45,6 +50,8 @@ class EngineThread:
     def abort(self, request: Request) -> None:
         """Ends a request; its listener hears of it. One that is done stays as it is."""
         with self._changed:
+            if self._lockstep and not request.finished:
+                self._closing = True
             self._aborted.append(request)
             self._changed.notify()
 
@@ -93,6 +100,8 @@ class EngineThread:
         with self._changed:
             while not (self._closing or self._arrived or self._aborted or self._core.busy):
                 self._changed.wait()
+            if self._lockstep and self._core.busy and not self._closing:
+                return True
             arrived, aborted = self._arrived, self._aborted
             self._arrived, self._aborted = [], []
             if self._closing:

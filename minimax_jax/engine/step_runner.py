@@ -116,6 +116,7 @@ class StepRunner:
       pool: the caches.
       config: how steps run.
       num_slots: rows that the state holds.
+      spans_processes: whether other processes run these steps as well.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class StepRunner:
           ValueError: if ranks are asked to run segments.
         """
         ranks = steps.ranks
+        self.spans_processes = ranks is not None and jax.process_count() > 1
         self._execution = config.execution if ranks is None else mesh_execution(config.execution)
         self._steps, self._leaves, self._model, self.pool, self.config = steps, leaves, model, pool, config
         self._segmented, self._end_ids = segmented, tuple(end_ids)

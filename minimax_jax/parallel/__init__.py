@@ -1,8 +1,19 @@
-"""Tensor, expert and attention data parallelism: sizes, layouts, meshes, communication."""
+"""Tensor, expert and attention data parallelism: sizes, layouts, meshes, communication, processes."""
 
 from minimax_jax.parallel.config import ParallelConfig, ParallelError
 from minimax_jax.parallel.layout import Layout
-from minimax_jax.parallel.mesh import make_mesh
+from minimax_jax.parallel.mesh import check_processes, make_mesh
+from minimax_jax.parallel.processes import Processes, ProcessesConfig, start_processes
 from minimax_jax.parallel.ranks import Ranks
 
-__all__ = ["Layout", "ParallelConfig", "ParallelError", "Ranks", "make_mesh"]
+__all__ = [
+    "Layout",
+    "ParallelConfig",
+    "ParallelError",
+    "Processes",
+    "ProcessesConfig",
+    "Ranks",
+    "check_processes",
+    "make_mesh",
+    "start_processes",
+]

@@ -18,8 +18,10 @@ def make_mesh(parallel: ParallelConfig, devices: Sequence[jax.Device] | None = N
       devices: None for all of JAX's, those of other processes included.
 
     Raises:
-      ParallelError: if there are too few.
+      ParallelError: if there are too few, or several processes have more than take part.
     """
+    if devices is None:
+        check_processes(parallel)
     found = list(jax.devices() if devices is None else devices)
     if len(found) < parallel.num_devices:
         raise ParallelError(f"devices: {len(found)} of them, must be at least {parallel.num_devices}")
@@ -28,3 +30,18 @@ def make_mesh(parallel: ParallelConfig, devices: Sequence[jax.Device] | None = N
     grid[:] = found[: parallel.num_devices]
     # Auto, said aloud: JAX's own default differs between the ways to make a mesh
     return Mesh(grid.reshape(*sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def check_processes(parallel: ParallelConfig) -> None:
+    """Whether a layout takes all devices of several processes: one without a part could not run the others' steps.
+
+    Raises:
+      ParallelError: if there are several processes and it does not.
+    """
+    processes, devices = jax.process_count(), len(jax.devices())
+    if processes > 1 and parallel.num_devices != devices:
+        raise ParallelError(
+            f"tensor = {parallel.tensor}, expert = {parallel.expert}, attention_data = {parallel.attention_data}: take "
+            f"{parallel.num_devices} devices, must be the {devices} of all {processes} processes (this one has "
+            f"{len(jax.local_devices())})"
+        )

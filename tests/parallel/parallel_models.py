@@ -1,13 +1,16 @@
 """Random models that parallel tests spread over eight CPU devices, and what they compare."""
 
 import functools
+import math
 
 import jax
 import numpy as np
 import pytest
 
 from minimax_jax import MiniMaxM3Config, MiniMaxM3ForCausalLM
-from minimax_jax.parallel import ParallelConfig, Ranks
+from minimax_jax.checkpoint.load import plan_load
+from minimax_jax.parallel import Layout, ParallelConfig, Ranks
+from minimax_jax.paths import model_directory
 
 VOCAB = 96
 # sizes in the order of ParallelConfig
@@ -74,6 +77,21 @@ def spread(model: MiniMaxM3ForCausalLM, sizes: tuple[int, int, int]) -> MiniMaxM
 def prompts(*lengths: int, seed: int = 0, vocab: int = VOCAB) -> list[list[int]]:
     random = np.random.default_rng(seed)
     return [random.integers(0, vocab, length).tolist() for length in lengths]
+
+
+def stored_bytes(directory, sizes, ranks, itemsize=2):
+    """Bytes of the file that these ranks' parts are, each different part counted once.
+
+    `itemsize` is that of stored matrices.
+    """
+    config = MiniMaxM3Config.from_pretrained(model_directory(directory))
+    layout, total = Layout(config, ParallelConfig(*sizes)), 0
+    with plan_load(directory, config) as plan:
+        for name, tensor in plan.tensors.items():
+            size = 4 if tensor.float32 else itemsize
+            parts = {layout.ranges(tensor.shape, layout.splits(name), rank) for rank in ranks}
+            total += size * sum(math.prod(sum(b - a for a, b in axis) for axis in part) for part in parts)
+    return total
 
 
 def cases(layouts: list[tuple[int, int, int]], often: list[tuple[int, int, int]]) -> list:

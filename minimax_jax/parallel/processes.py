@@ -1,0 +1,203 @@
+"""Several processes, each with devices of its own, that run one model together."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from minimax_jax.parallel.lifeline import Ending, Lifeline
+
+T = TypeVar("T")
+
+LOST_PROCESS = 3  # exit code
+_MEETING_BYTES = 4096
+_ABORT_MARGIN = 30  # seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessesConfig:
+    """How processes find each other, and when one counts as lost.
+
+    Without a coordinator JAX asks the cluster: SLURM, Open MPI, or mpi4py.
+
+    Attributes:
+      coordinator: "host:port" of process 0, with a port that is free there; None to ask the cluster.
+      num_processes, process_id: of the run, and this one's number from 0; given with the coordinator only.
+      cluster: how JAX is to ask: "slurm", "ompi" or "mpi4py"; None for whichever there is.
+      local_device_ids: accelerators of this host that this process uses; None for all, in SLURM and Open MPI jobs
+        for the one with the process's number on its host.
+      start_timeout: seconds that all processes have to come.
+      peer_timeout: seconds of silence after which a process is lost. One that ends is missed at once.
+    """
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    cluster: str | None = None
+    local_device_ids: tuple[int, ...] | None = None
+    start_timeout: int = 300
+    peer_timeout: int = 20
+
+    def __post_init__(self) -> None:
+        given = {"num_processes": self.num_processes, "process_id": self.process_id}
+        if self.coordinator is None:
+            for name, value in given.items():
+                if value is not None:
+                    raise ValueError(f"{name} = {value}: only allowed with coordinator")
+        else:
+            host, _, port = self.coordinator.rpartition(":")
+            if not host or not port.isdigit() or not 0 < int(port) < 65536:
+                raise ValueError(f"coordinator = {self.coordinator!r}: must be HOST:PORT")
+            for name, value in given.items():
+                if value is None:
+                    raise ValueError(f"{name}: must be given with coordinator")
+            if self.num_processes is not None and self.num_processes < 1:
+                raise ValueError(f"num_processes = {self.num_processes}: must be at least 1")
+            if not 0 <= (self.process_id or 0) < (self.num_processes or 1):
+                raise ValueError(
+                    f"process_id = {self.process_id}: must be within 0..{(self.num_processes or 1) - 1}, which "
+                    f"num_processes = {self.num_processes} have"
+                )
+        for name in ("start_timeout", "peer_timeout"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
+
+
+class Processes:
+    """The processes of a run, seen from one of them. All call the same methods in the same order.
+
+    Attributes:
+      index, count: this process, and how many there are.
+    """
+
+    def __init__(self, index: int = 0, count: int = 1, lifeline: Lifeline | None = None):
+        """One process alone by default; see `start_processes` for more."""
+        self.index, self.count = index, count
+        self._lifeline = lifeline
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is process 0, which reads input and prints."""
+        return self.index == 0
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` gives in process 0, where alone it is called; a JSON value, which all get as JSON has it."""
+        if self._lifeline is None:
+            return make()
+        return self._lifeline.share(make() if self.is_first else None)
+
+    def close(self) -> None:
+        """Ends a run that went well, once all processes are here."""
+        if self._lifeline is None:
+            return
+        self._lifeline.farewell()
+        jax.distributed.shutdown()
+        self._lifeline.close()
+        self._lifeline = None
+
+    def leave(self, text: str | None, code: int) -> NoReturn:
+        """Ends this process, and with it the others, which may wait for it on their devices: no way back.
+
+        Args:
+          text: why; process 0 prints it if another one says it. None if nothing is left to say.
+          code: everybody's exit code.
+        """
+        if self._lifeline is not None:
+            self._lifeline.fail(Ending(text, code))
+        end_process(Ending(None, code))
+
+
+def start_processes(config: ProcessesConfig, *, on_end: Callable[[Ending], None] | None = None) -> Processes:
+    """Joins the other processes of a run; to be called before any device is used.
+
+    CPU devices then talk over Gloo, GPUs over NCCL. From here on a lost process ends all (`on_end`).
+
+    Args:
+      on_end: what is done when the run must end; `end_process` if None.
+
+    Raises:
+      ValueError: if there is no cluster that JAX can ask, or the processes cannot reach each other.
+      RuntimeError: from JAX, if a device was used already.
+    """
+    explicit = config.coordinator is not None
+    on_end = end_process if on_end is None else on_end
+    # JAX would abort with a stack trace
+    whom = "the cluster names" if config.num_processes is None else f"num_processes = {config.num_processes} names"
+    text = f"not all the processes that {whom} have come together within {config.start_timeout} s"
+    late = Ending(text if config.coordinator is None else f"{text} at {config.coordinator}", LOST_PROCESS)
+    waiting = threading.Timer(config.start_timeout, on_end, (late,))
+    waiting.daemon = True
+    waiting.start()
+    try:
+        jax.distributed.initialize(
+            config.coordinator,
+            config.num_processes,
+            config.process_id,
+            None if config.local_device_ids is None else list(config.local_device_ids),
+            # with a coordinator nothing is asked: JAX would still take the devices from SLURM's variables
+            cluster_detection_method="deactivate" if explicit else config.cluster,
+            initialization_timeout=config.start_timeout + _ABORT_MARGIN,
+            # the second net, should this process's threads be stuck
+            heartbeat_timeout_seconds=2 * config.peer_timeout,
+            shutdown_timeout_seconds=2 * config.peer_timeout,
+        )
+    except ValueError as error:
+        if explicit:
+            raise
+        raise ValueError(
+            f"no cluster to ask for the other processes ({error}): start with srun or mpirun, or give coordinator, "
+            "num_processes and process_id"
+        ) from None
+    finally:
+        waiting.cancel()
+    index, count = jax.process_index(), jax.process_count()
+    if count == 1:
+        return Processes()
+    hosts = [] if config.coordinator is None else [config.coordinator.rpartition(":")[0].strip("[]")]
+    try:
+        lifeline = Lifeline(
+            index,
+            count,
+            _from_process_0,
+            on_end,
+            hosts=hosts,
+            timeout=config.peer_timeout,
+            lost_code=LOST_PROCESS,
+        )
+    except OSError as error:
+        end_process(Ending(str(error), LOST_PROCESS))
+    return Processes(index, count, lifeline)
+
+
+def end_process(ending: Ending) -> NoReturn:
+    """Ends this process at once, whatever its threads wait for. No clean-up: JAX's would wait for the others."""
+    if ending.text is not None:
+        print(f"\nminimax-jax: error: {ending.text}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe
+            stream.flush()
+    os._exit(ending.code)
+
+
+def smallest_of_all(value: int) -> int:
+    """The least of all processes' values, below 2**31, for what each measures and all must agree on."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.process_allgather(np.int32(value)).min())
+
+
+def _from_process_0(text: str) -> str:
+    data: Any = np.zeros(_MEETING_BYTES, np.uint8)
+    encoded = np.frombuffer(text.encode(), np.uint8)[:_MEETING_BYTES]
+    data[: len(encoded)] = encoded
+    shared = np.asarray(multihost_utils.broadcast_one_to_all(data))
+    return bytes(shared[shared != 0]).decode()

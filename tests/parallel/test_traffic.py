@@ -1,0 +1,62 @@
+"""What layouts move: the collectives' own count, and the tables of docs/parallel.md."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from parallel_models import LAYOUTS, name_of
+
+from minimax_jax import MiniMaxM3Config
+from minimax_jax.model import abstract_model, split_model
+from minimax_jax.parallel import ParallelConfig
+from minimax_jax.parallel.traffic import layer_traffic, weight_bytes_read
+
+DOCS = (Path(__file__).resolve().parents[2] / "docs" / "parallel.md").read_text(encoding="utf-8")
+HBM = {8: 4.8e12, 16: 3.35e12}  # H200, H100: bytes/s
+
+
+def rows(columns: int) -> dict[tuple[int, ...], list[str]]:
+    """Rows of the documentation's table with so many columns of figures, by layout."""
+    found = {}
+    for line in DOCS.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == columns + 1 and cells[0].startswith("`") and cells[0][1].isdigit():
+            found[tuple(map(int, cells[0].split("`")[1].split(",")))] = cells[1:]
+    return found
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS, ids=name_of)
+def test_on_one_host_nothing_leaves_it_and_one_device_says_nothing(sizes):
+    traffic = layer_traffic(MiniMaxM3Config.m3(), ParallelConfig(*sizes))
+    assert traffic.between_hosts == 0 and traffic.experts > 0 and traffic.collectives > 0
+    silent = layer_traffic(MiniMaxM3Config.m3(), ParallelConfig())
+    assert (silent.attention, silent.experts, silent.collectives) == (0, 0, 0)
+
+
+def test_the_documentations_moves_are_what_the_formula_gives():
+    table = rows(7)
+    assert len(table) == 10 and {max(t * d, e) for t, e, d in table} == {8, 16}
+    for sizes, shown in table.items():
+        traffic = layer_traffic(MiniMaxM3Config.m3(), ParallelConfig(*sizes))
+        counts = (traffic.attention, traffic.experts, traffic.between_hosts, traffic.collectives)
+        small, middle, large = (traffic.seconds(tokens, 60) * 1e3 for tokens in (64, 1024, 8192))
+        assert shown == [*(f"{count:.0f}" for count in counts), f"{small:.2f}", f"{middle:.1f}", f"{large:.1f}"]
+
+
+def test_two_groups_on_two_hosts_send_a_token_between_them_from_every_rank():
+    traffic = layer_traffic(MiniMaxM3Config.m3(), ParallelConfig(8, 16, 2))
+    assert traffic.between_hosts == 8 * (6144 * 2 * 2 + 4 * 8) / 2
+
+
+@pytest.mark.slow
+def test_the_documentations_expected_steps_are_what_the_formula_gives():
+    config = MiniMaxM3Config.m3()
+    shapes = {name: x.shape for name, x in split_model(abstract_model(config, jnp.bfloat16))[1].items()}
+    table = rows(4)
+    assert len(table) == 6
+    for sizes, shown in table.items():
+        parallel = ParallelConfig(*sizes)
+        read = weight_bytes_read(config, parallel, shapes, 64)
+        reading = read / HBM[parallel.num_devices] * 1e3
+        moving = layer_traffic(config, parallel).seconds(64, 60) * 1e3
+        assert shown == [f"{read / 1e9:.1f}", f"{reading:.1f}", f"{moving:.2f}", f"{reading + moving:.1f}"]
