@@ -171,7 +171,8 @@ class Steps:
     def _layers_rank(self, leaves, caches, last_tokens, step):
         model, comm = self._model(leaves), self._comm
         tokens = jnp.where(step.sources < 0, step.tokens, last_tokens[step.sources])
-        attend = TracedAttend(self._config, caches, step.batch, step.slots)
+        split = None if self.ranks is None else self.ranks.index_split
+        attend = TracedAttend(self._config, caches, step.batch, step.slots, index_split=split)
         hidden = model.run_layers(model.embed(tokens, comm), step.positions, attend, comm)
         return hidden, _take(hidden, step.last), attend.caches()
 

@@ -1,8 +1,9 @@
 """Tensor, expert and attention data parallelism: sizes, layouts, meshes, communication."""
 
 from minimax_jax.parallel.config import ParallelConfig, ParallelError
+from minimax_jax.parallel.index_split import IndexSplit
 from minimax_jax.parallel.layout import Layout
 from minimax_jax.parallel.mesh import make_mesh
 from minimax_jax.parallel.ranks import Ranks
 
-__all__ = ["Layout", "ParallelConfig", "ParallelError", "Ranks", "make_mesh"]
+__all__ = ["IndexSplit", "Layout", "ParallelConfig", "ParallelError", "Ranks", "make_mesh"]
