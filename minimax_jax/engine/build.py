@@ -96,7 +96,7 @@ def build_core(
         ),
         end_ids=end_ids,
         max_pages=width,
-        segmented=steps.segments(buckets) if steps.ranks is None else None,
+        segmented=steps.segments(buckets),
     )
 
     def run_largest() -> None:

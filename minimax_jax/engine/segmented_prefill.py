@@ -1,14 +1,12 @@
-"""Prefill and mixed steps as segments: the layers through `segmented_jit`, the head as one executable."""
+"""The layers of prefill and mixed steps as segments, through `segmented_jit`."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -17,9 +15,8 @@ from minimax_jax.attention import ATTENTION, BoundaryAttend, PagedAttention, Ste
 from minimax_jax.buckets import buckets_up_to
 from minimax_jax.cache import PagePool
 from minimax_jax.config import MiniMaxM3Config
-from minimax_jax.engine.sampler import SamplingState, pick_tokens
-from minimax_jax.model import merge_model
-from minimax_jax.recent import RecentJits
+from minimax_jax.model import SINGLE_DEVICE, merge_model
+from minimax_jax.parallel import Ranks
 from minimax_jax.segmented import segmented_jit
 
 LEAST_BUCKET = 16
@@ -56,18 +53,26 @@ class SegmentedPrefill:
         max_tokens: int,
         buckets: Sequence[int] | None = None,
         attention: PagedAttention | None = None,
+        ranks: Ranks | None = None,
         compiler_options: Mapping[str, Any] | None = None,
         dump_to: str | Path | None = None,
     ):
         """
         Args:
+          config, graphdef: of the whole model, or with `ranks` of one rank.
           max_tokens: of one step, the largest bucket; steps above it run at their exact size.
           buckets: of tokens; None for powers of two and three quarters of these.
-          attention: the executables behind the boundary; None for ones with the best kernels.
+          attention: the executables behind the boundary, over the same ranks; None for ones with the best kernels.
+          ranks: what the model is spread over, None for one device.
           compiler_options, dump_to: as `segmented_jit` takes them.
         """
         self._config, self._graphdef, self._names = config, graphdef, names
-        self.attention = PagedAttention(config) if attention is None else attention
+        self._groups, self._comm = (1, SINGLE_DEVICE) if ranks is None else (ranks.groups, ranks.comm)
+        self.attention = PagedAttention(config, ranks=ranks) if attention is None else attention
+        over: dict[str, Any] = {}
+        if ranks is not None:
+            specs = (ranks.weight_specs(names), ranks.columns, ranks.columns)
+            over = {"mesh": ranks.mesh, "in_specs": specs, "out_specs": ranks.rows}
         self.layers = segmented_jit(
             self._layers,
             boundaries=(ATTENTION,),
@@ -75,54 +80,28 @@ class SegmentedPrefill:
             rows=(1, 2),
             compiler_options=compiler_options,
             dump_to=dump_to,
+            **over,
         )
 
-        def head() -> tuple[Any, ...]:
-            return (jax.jit(functools.partial(self._pick), static_argnames=("greedy", "truncated")),)
-
-        (self._head,) = head()
-        self._exact_heads = RecentJits(head)
-
-    def __call__(
-        self,
-        leaves: list[Array],
-        pool: PagePool,
-        step: FlatStep,
-        sampling: SamplingState,
-        *,
-        greedy: bool,
-        truncated: bool,
-        eager: bool = False,
-    ) -> Int[Array, "R"]:
-        """Runs one step; the pool's pages are written in place.
+    def run_layers(
+        self, leaves: list[Array], pool: PagePool, *steps: FlatStep, eager: bool = False
+    ) -> Float[Array, "T H"]:
+        """Hidden states of one step, whose keys and values go to the pool's pages; those past its tokens are padding.
 
         Args:
+          steps: its tokens; with data ranks one for each, perhaps without any. So are the hidden states, of as many
+            rows for each.
           eager: at the step's exact size, without capture.
-
-        Returns:
-          The token after the last one of each request, for as many rows as `sampling` has keys.
 
         Raises:
           StaleCaptureError: if the pool was resized or released meanwhile.
+          ValueError: as `PagedAttention.step`.
         """
-        hidden = self.run_layers(leaves, pool, step, eager=eager)
-        rows = sampling.keys.shape[0]
-        last, kv_lens = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        requests = len(step.layout.kv_lens)
-        last[:requests] = np.maximum(step.layout.query_starts[1:] - 1, 0)
-        kv_lens[:requests] = step.layout.kv_lens
-        exact = eager or len(step.tokens) > self.layers.buckets[-1]
-        head = self._exact_heads.get(hidden.shape[0])[0] if exact else self._head
-        return head(leaves, hidden, last, kv_lens, sampling, greedy=greedy, truncated=truncated)
-
-    def run_layers(
-        self, leaves: list[Array], pool: PagePool, step: FlatStep, *, eager: bool = False
-    ) -> Float[Array, "T H"]:
-        """Hidden states of one step, as `__call__` runs it; rows past the step's tokens are padding."""
-        runtime = self.attention.step(pool, step.layout)
-        live = len(step.tokens)
+        runtime = self.attention.step(pool, *(step.layout for step in steps))
+        live = max(len(step.tokens) for step in steps)
         rows = live if eager else self.layers.padded_rows(live)
-        tokens, positions = runtime.send(rows, step.tokens, step.positions)
+        by_rank = [step.tokens for step in steps], [step.positions for step in steps]
+        tokens, positions = runtime.send(rows, *by_rank)
         if eager:
             return self.layers.eager(leaves, tokens, positions, runtime=runtime)
         return self.layers(leaves, tokens, positions, runtime=runtime, live=live)
@@ -139,7 +118,7 @@ class SegmentedPrefill:
 
         Attention is compiled for each of its `request_buckets` and `page_buckets` that a step of that size can have, so
         that no later step compiles any. Where these are not given, for one request of just so many tokens: other
-        combinations are then compiled when they are first met. The head is compiled for each number of rows it meets.
+        combinations are then compiled when they are first met.
 
         Args:
           buckets: of tokens; None for all.
@@ -155,7 +134,7 @@ class SegmentedPrefill:
             for _ in range(2 if first[tokens] == [rows, pages] else 1)
         ]
         for done, (tokens, requests, pages) in enumerate(steps, 1):
-            self.run_layers(leaves, pool, self._idle_step(tokens, requests, pages))
+            self.run_layers(leaves, pool, *[self._idle_step(tokens, requests, pages)] * self._groups)
             if report is not None:
                 report(done, len(steps))
 
@@ -187,23 +166,8 @@ class SegmentedPrefill:
         layout = dataclasses.replace(layout, slots=np.full(tokens, -1, np.int32))
         return FlatStep(np.zeros(tokens, np.int32), np.zeros(tokens, np.int32), layout)
 
-    def _model(self, leaves: list[Array]) -> Any:
-        return merge_model(self._graphdef, dict(zip(self._names, leaves, strict=True)))
-
-    def _layers(self, leaves: list[Array], tokens: Int[Array, "T"], positions: Int[Array, "T"]) -> Float[Array, "T H"]:
-        model = self._model(leaves)
-        return model.run_layers(model.embed(tokens), positions, BoundaryAttend())
-
-    def _pick(
-        self,
-        leaves: list[Array],
-        hidden: Float[Array, "T H"],
-        last: Int[Array, "R"],
-        kv_lens: Int[Array, "R"],
-        sampling: SamplingState,
-        *,
-        greedy: bool,
-        truncated: bool,
-    ) -> Int[Array, "R"]:
-        logits = self._model(leaves).head(hidden[last])  # the head sees one row a request
-        return pick_tokens(logits, kv_lens, sampling, greedy=greedy, truncated=truncated)
+    def _layers(self, leaves: list[Array], tokens: Int[Array, "T ..."], positions: Int[Array, "T ..."]) -> Array:
+        """Hidden states [T, H]; over ranks, one rank's, whose tokens come as a column."""
+        tokens, positions = tokens.reshape(-1), positions.reshape(-1)
+        model = merge_model(self._graphdef, dict(zip(self._names, leaves, strict=True)))
+        return model.run_layers(model.embed(tokens, self._comm), positions, BoundaryAttend(), self._comm)

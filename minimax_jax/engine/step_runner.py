@@ -22,7 +22,7 @@ from minimax_jax.engine.pick_arrays import changes_by_step, pick_features, pick_
 from minimax_jax.engine.row_state import Adjustments, RowState, empty_rows
 from minimax_jax.engine.sampler import SamplingState
 from minimax_jax.engine.scheduler import PlannedRow, StepPlan
-from minimax_jax.engine.segmented_prefill import LEAST_BUCKET, SegmentedPrefill
+from minimax_jax.engine.segmented_prefill import LEAST_BUCKET, FlatStep, SegmentedPrefill
 from minimax_jax.engine.sequence import Sequence
 from minimax_jax.engine.step_arrays import SlotTables, StepArrays, StepShape, step_arrays
 from minimax_jax.engine.steps import MAX_PREFILL_TOKENS, PickFeatures, PickInputs, StepInputs, Steps
@@ -138,9 +138,6 @@ class StepRunner:
           end_ids: end-of-text tokens, which `min_tokens` keeps away.
           max_pages: of one sequence; None for all of the pool's.
           segmented: prompts as segments; None for those of `steps`.
-
-        Raises:
-          ValueError: if ranks are asked to run segments.
         """
         ranks = steps.ranks
         self._execution = config.execution if ranks is None else mesh_execution(config.execution)
@@ -194,7 +191,7 @@ class StepRunner:
         if how == "whole":
             hidden, last = self._run_whole(arrays)
         else:
-            hidden, last = self._run_segments(plans[0], arrays, eager=how == "eager")
+            hidden, last = self._run_segments(plans, arrays, eager=how == "eager")
         tokens, logprobs = self._pick(arrays, last, *self._pick_parameters(plans, shape.rows))
         scores = self._score_prompts(plans, shape, hidden)
         jax.tree.map(_start_copy, (tokens, logprobs, [score.scores for score in scores]))
@@ -225,7 +222,7 @@ class StepRunner:
             _, last = self._run_whole(arrays)
         else:
             layout = StepLayout(tables, starts, contexts, none)
-            _, last = self._run_layout(zeros, positions, layout, arrays.last, eager=how == "eager")
+            _, last = self._run_flat([FlatStep(zeros, positions, layout)] * groups, arrays.last, eager=how == "eager")
         for features in (PickFeatures(), PickFeatures(greedy=False, truncated=True)):
             parameters = pick_parameters([StepPlan()] * groups, num_rows, self._model.vocab_size, ())
             sampling, adjustments = self._place(parameters, keep=True)
@@ -304,32 +301,30 @@ class StepRunner:
             self._life = self.pool.epoch.value
 
     def _run_segments(
-        self, plan: StepPlan, arrays: StepArrays, *, eager: bool
+        self, plans: Rows[StepPlan], arrays: StepArrays, *, eager: bool
     ) -> tuple[Float[Array, "T H"], Float[Array, "R H"]]:
-        """Through segments, which pad for themselves: one data rank, all tokens known."""
-        rows, total = len(plan.rows), plan.num_tokens
+        """Through segments, which pad for themselves and want to know all tokens."""
         assert (arrays.sources < 0).all()
-        counts = np.array([row.count for row in plan.rows], np.int32)
-        tables, kv_lens = arrays.block_tables[:rows], arrays.kv_lens[:rows]
-        layout = step_layout(tables, counts, kv_lens, self._page_size)
-        return self._run_layout(arrays.tokens[:total], arrays.positions[:total], layout, arrays.last, eager=eager)
+        groups = self._groups
+        tokens, positions, kv_lens = (x.reshape(groups, -1) for x in (arrays.tokens, arrays.positions, arrays.kv_lens))
+        tables = arrays.block_tables.reshape(groups, -1, arrays.block_tables.shape[1])
+        steps = []
+        for group, plan in enumerate(plans):
+            rows, total = len(plan.rows), plan.num_tokens
+            counts = np.array([row.count for row in plan.rows], np.int32)
+            layout = step_layout(tables[group, :rows], counts, kv_lens[group, :rows], self._page_size)
+            steps.append(FlatStep(tokens[group, :total], positions[group, :total], layout))
+        return self._run_flat(steps, arrays.last, eager=eager)
 
-    def _run_layout(
-        self,
-        tokens: Int[np.ndarray, "T"],
-        positions: Int[np.ndarray, "T"],
-        layout: StepLayout,
-        last: Int[np.ndarray, "R"],
-        *,
-        eager: bool,
+    def _run_flat(
+        self, steps: list[FlatStep], last: Int[np.ndarray, "R"], *, eager: bool
     ) -> tuple[Float[Array, "T H"], Float[Array, "R H"]]:
+        """One step, by data rank."""
         segments = self._steps.segmented if self._segmented is None else self._segmented
-        runtime = segments.attention.step(self.pool, layout)
-        run = segments.layers.eager if eager else segments.layers
-        hidden = run(self._leaves, tokens, positions, runtime=runtime)
-        known = not eager and hidden.shape[0] in segments.layers.buckets
+        hidden = segments.run_layers(self._leaves, self.pool, *steps, eager=eager)
+        known = not eager and hidden.shape[0] // self._groups in segments.layers.buckets
         take = self._steps.take if known else self._steps.take_exact(hidden.shape[0])
-        return hidden, take(hidden, jnp.asarray(last))
+        return hidden, take(hidden, self._place(last))
 
     def _pick(
         self,

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from minimax_jax.cache import CachePlacement, PagedCaches
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.parallel.comm import MeshComm
-from minimax_jax.parallel.config import DATA, HEADS, TOKENS, ParallelConfig
+from minimax_jax.parallel.config import AXES, DATA, HEADS, TOKENS, ParallelConfig
 from minimax_jax.parallel.index_split import IndexSplit
 from minimax_jax.parallel.layout import KV_CACHE, Layout, Range, boxes, part_shape
 from minimax_jax.parallel.mesh import make_mesh
@@ -30,6 +30,8 @@ class Ranks:
       index_split: what shares out index keys, None if every rank of a data group has them all.
       groups: data ranks, each with requests and pages of its own.
       rows: how arrays with the data ranks' rows one after the other are sharded.
+      columns: how [T, data ranks] is sharded, a column for each data rank.
+      carried: how [ranks, ...] is sharded, with what each rank has of its own.
       logits: how rows of logits are sharded that each rank keeps its part of the vocabulary of.
     """
 
@@ -47,7 +49,8 @@ class Ranks:
         self.comm = MeshComm(parallel, self.layout.experts_per_rank)
         self.index_split = _index_split(config, parallel)
         self.groups = parallel.attention_data
-        self.rows = PartitionSpec(DATA)
+        self.rows, self.columns = PartitionSpec(DATA), PartitionSpec(None, DATA)
+        self.carried = PartitionSpec(AXES)
         self.logits = PartitionSpec(DATA, TOKENS)
 
     def global_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

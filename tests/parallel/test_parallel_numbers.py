@@ -137,8 +137,3 @@ def test_the_embedded_checkpoint_over_eight_ranks():
     tokens = one.generate(ids, max_new_tokens=4, do_sample=False)
     np.testing.assert_array_equal(model.generate(ids, max_new_tokens=4, do_sample=False), tokens)
     assert model.num_parameters() == one.num_parameters()
-
-
-def test_segments_over_ranks_are_refused():
-    with pytest.raises(ValueError, match="execution = 'segmented': must be 'whole' or 'auto'"):
-        over_ranks((2, 1, 1)).generate(prompts(5), max_new_tokens=1, execution="segmented")
