@@ -1,13 +1,12 @@
 """What the compiled decode step says between devices: how often, and nothing as large as a weight or a cache."""
 
 import collections
-import math
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hlo_collectives import collectives
 from parallel_models import VOCAB, four_head_config, name_of
 
 from minimax_jax import MiniMaxM3ForCausalLM
@@ -19,9 +18,6 @@ from minimax_jax.parallel import ParallelConfig
 from minimax_kernels import Batch
 
 ROWS, HIDDEN, INDEX_HEADS, INDEX_DIM, TOPK = 2, 64, 4, 16, 2
-COLLECTIVE = re.compile(
-    r"= (.*?) (all-reduce|all-gather|reduce-scatter|(?:ragged-)?all-to-all|collective-\w+)(?:-start)?\("
-)
 
 
 def compiled_decode(sizes, layers, **options):
@@ -45,15 +41,6 @@ def compiled_decode(sizes, layers, **options):
     hidden = jax.ShapeDtypeStruct((rows, HIDDEN), jnp.float32, sharding=layers.output_shardings[0])
     pick = steps.pick.lower(leaves, state, hidden, picking, features=PickFeatures()).compile()
     return layers.as_text() + pick.as_text()
-
-
-def collectives(text):
-    """(kind, elements of the result) of each."""
-    found = []
-    for shapes, kind in COLLECTIVE.findall(text):
-        sizes = [math.prod(map(int, dims.split(","))) if dims else 1 for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)]
-        found.append((kind, max(sizes)))
-    return found
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hlo_collectives import collectives
 from parallel_models import name_of, one_device, prompts, spread
 
+from minimax_jax import LLM, SamplingParams
 from minimax_jax.attention import StepLayout, paged, step_layout
 from minimax_jax.cache import PagePool
 from minimax_jax.engine.generation import generate_tokens
@@ -121,6 +123,31 @@ def live_rows(model, steps, hidden):
     return [own[: len(step.tokens)] for own, step in zip(rows, steps, strict=True)]
 
 
+def check_collectives(ranks, segments, runtime):
+    """A dense and a sparse layer with experts in segments; and what is behind their boundaries."""
+    program = segments.layers.program()
+    sent = [collectives(entry.executable.compiled.as_text()) for entry in program.entries]
+    counts = collections.Counter(kind for found in sent for kind, _ in found)
+    assert counts == {"all-reduce": 5, "all-gather": 2, "reduce-scatter": 1}  # the embedding's is one
+    config, rows = ranks.layout.local_config, program.signature.rows
+
+    def own(*shape):
+        sharding = jax.sharding.NamedSharding(ranks.mesh, ranks.carried)
+        return jax.ShapeDtypeStruct((ranks.mesh.size, rows, *shape), jnp.float32, sharding=sharding)
+
+    q, k = own(config.num_attention_heads, config.head_dim), own(config.num_key_value_heads, config.head_dim)
+    index = own(config.index_n_heads, config.index_head_dim), own(1, config.index_head_dim)
+    out, pool = own(config.num_attention_heads * config.head_dim), runtime.pool.caches
+    rest = runtime.on_device(rows)
+    dense = segments.attention._dense.lower(pool.k[0], pool.v[0], out, q, k, k, *rest)
+    assert not collectives(dense.compile().as_text())
+    sparse = segments.attention._sparse.lower(pool.k[1], pool.v[1], pool.index[1], out, q, k, k, *index, *rest)
+    found = collectives(sparse.compile().as_text())
+    assert sorted(kind for kind, _ in found) == ["all-gather", "all-to-all"]  # index keys are shared out
+    # queries and candidates of 32 tokens and 4 heads: no cache, which a test of few pages cannot tell by its size
+    assert {size for _, size in found} <= {rows * 4 * 16, 2 * rows * 2 * 2, 2 * rows * 2 * 4}
+
+
 @over(GROUPS)
 def test_captures_of_an_earlier_life_of_the_pool_are_refused_and_made_anew(model):
     segments, steps = model.steps.segments((32,)), steps_of(model)
@@ -141,6 +168,7 @@ def test_captures_of_an_earlier_life_of_the_pool_are_refused_and_made_anew(model
         for got, wanted in zip(run(), first, strict=True):
             assert np.array_equal(got, wanted)
     after = segments.layers.stats()
+    check_collectives(model.ranks, segments, stale)
     assert (after.warmups, after.captures, after.replays) == (2, 2, 2) and after.invalidations == 1
     assert after.executables == stats.executables and after.compile_seconds == stats.compile_seconds
     pool.release()
@@ -154,3 +182,29 @@ def test_every_data_rank_needs_a_layout(model):
     none = StepLayout(np.zeros((0, 1), np.int32), np.zeros(1, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int32))
     with pytest.raises(ValueError, match=rf"layouts: 9 of them, must be {model.ranks.groups}, one for each data rank"):
         model.steps.segmented.attention.step(pool, *[none] * 9)
+
+
+@pytest.mark.long
+def test_the_engine_serves_one_devices_tokens_through_segments():
+    """Reused and copied pages, penalties, mixed steps; each data rank its own requests."""
+    ids = [np.asarray(prompt).tolist() for prompt in prompts(5, 40, 70, 21, 33)]
+    ids += [ids[2][:50], ids[2][:49]]
+    params = [SamplingParams(max_tokens=5, seed=i, temperature=0 if i % 2 else 0.9) for i in range(len(ids))]
+    params[0] = SamplingParams(max_tokens=5, seed=3, n=2, repetition_penalty=1.4)
+    shapes = {
+        "max_batch_size": 4,
+        "max_num_tokens": 32,
+        "max_seq_len": 128,
+        "segment_config": {"buckets": (32,), "enabled": "always"},
+        "decode_config": {"batch_sizes": (4,), "page_buckets": (8,)},
+        "cache_config": {"page_size": 16, "max_tokens": 24 * 16},
+    }
+    found = []
+    for served in (one_device(), spread(one_device(), (2, 2, 2), split_index_keys=True)):
+        with LLM(served, **shapes) as llm:
+            outputs = llm.generate(ids, params)
+            found.append([[answer.token_ids for answer in output.outputs] for output in outputs])
+            again = llm.generate(ids[2:], params[2:])  # over pages that hold their beginnings
+            assert [[answer.token_ids for answer in output.outputs] for output in again] == found[-1][2:]
+            assert any(key.endswith("segmented") for key in llm.stats().steps)
+    assert found[0] == found[1]
