@@ -14,6 +14,7 @@ from parallel_models import cases, four_head_config, name_of, one_device, over_r
 from minimax_jax.cache import PagePool
 from minimax_jax.parallel import ParallelConfig, ParallelError, Ranks
 from minimax_jax.parallel.index_split import merged_blocks, ranked_scores, scores_of
+from minimax_jax.parallel.key_stripes import striped_batch
 from minimax_jax.tensor_table import cache_bytes_per_token
 from minimax_kernels import Batch, index_score, select_blocks, write_index
 
@@ -154,3 +155,29 @@ def test_settings_that_cannot_be():
     with pytest.raises(ParallelError, match="tensor = 8: must divide index_block_size = 4"):
         parallel.check(four_head_config(index_block_size=4), 8)
     ParallelConfig(8).check(four_head_config(index_block_size=4), 8)
+
+
+@pytest.mark.parametrize("query_lens", [[9, 3], [1, 0], [1, 2]], ids=str)
+def test_the_kernels_score_a_ranks_keys(query_lens):
+    """Pages of half their keys, requests of every second token, tokens that see none of the rank's keys."""
+    random, tensor, page, channels = np.random.default_rng(0), 2, 32, 16
+    num_tokens = sum(query_lens)
+    kv_lens = [70, max(query_lens[1], 1)]
+    batch = Batch(
+        jnp.array([[4, 0, 2], [3, 1, 5]]),
+        jnp.array([0, query_lens[0], num_tokens]),
+        jnp.array(kv_lens),
+    )
+    keys = jnp.asarray(random.standard_normal((6, page // tensor, channels)), jnp.float32)
+    queries = jnp.asarray(random.standard_normal((num_tokens, 2, channels)), jnp.float32)
+    for rank in range(tensor):
+        striped = striped_batch(batch, num_tokens, rank, tensor)
+        rows = queries if striped.order is None else queries[striped.order]
+        scores = {
+            impl: np.asarray(index_score(rows, keys, striped.batch, impl=impl))
+            for impl in ("reference", "pallas_triton_interpret")
+        }
+        np.testing.assert_allclose(scores["pallas_triton_interpret"], scores["reference"], rtol=1e-5, atol=1e-5)
+        seen = (striped.positions - rank) // tensor + 1  # keys; at least one in each block up to the last of them
+        blocks = np.isfinite(scores["reference"][0]).sum(axis=-1)
+        np.testing.assert_array_equal(blocks, -(-np.asarray(seen) // (page // tensor)))
