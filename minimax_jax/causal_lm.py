@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import operator
 import shutil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from minimax_jax.cache import PastKeyValues
 from minimax_jax.checkpoint import load_state, save_state
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.engine.execution import check_execution
@@ -22,24 +22,19 @@ from minimax_jax.engine.generation import generate_tokens
 from minimax_jax.engine.generation_config import GenerationConfig
 from minimax_jax.engine.prompts import Prompts, is_torch_tensor, read_prompts
 from minimax_jax.engine.steps import Steps
+from minimax_jax.forward_arguments import kept_columns, new_columns, read_labels, read_positions, wanted_tokens
+from minimax_jax.generation_arguments import generation_options
+from minimax_jax.loss import causal_lm_loss, load_balancing_loss
 from minimax_jax.model import MiniMaxM3, abstract_model, split_model
+from minimax_jax.module_interface import ModuleInterface, dtype_name, find_device
+from minimax_jax.outputs import CausalLMOutput
 from minimax_jax.parallel import ParallelConfig, Ranks
 from minimax_jax.paths import model_directory
 from minimax_jax.tokenizer import Tokenizer
 
 _DEFAULT_NEW_TOKENS = 256
+_AUX_LOSS_COEF = 0.001  # transformers' default, where a config says nothing
 _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-
-
-@dataclasses.dataclass(frozen=True)
-class CausalLMOutput:
-    """What a forward pass gives.
-
-    Attributes:
-      logits: [R, L, V] float32; zeros where the attention mask is 0.
-    """
-
-    logits: Any
 
 
 class Streamer(Protocol):
@@ -52,13 +47,12 @@ class Streamer(Protocol):
         """No more tokens will come."""
 
 
-class MiniMaxM3ForCausalLM:
-    """A MiniMax-M3 language model: `from_pretrained`, call for logits, `generate`.
+class MiniMaxM3ForCausalLM(ModuleInterface):
+    """A MiniMax-M3 language model: `from_pretrained`, call for logits, `generate`; see docs/torch.md.
 
     Attributes:
       config: the architecture.
       generation_config: defaults of `generate`.
-      dtype: of matrices and caches.
       ranks: what the model is spread over, None for one device.
     """
 
@@ -82,12 +76,12 @@ class MiniMaxM3ForCausalLM:
           ValueError: if a weight is missing, unknown or of the wrong shape.
         """
         self.config = config
-        self.dtype = state["embed_tokens"].dtype
-        graphdef, expected = split_model(abstract_model(config, self.dtype))
+        dtype = state["embed_tokens"].dtype
+        graphdef, expected = split_model(abstract_model(config, dtype))
         wrong = sorted(set(expected) ^ set(state))
         shapes = {name: struct.shape for name, struct in expected.items()}
         if ranks is not None:
-            graphdef, _ = split_model(abstract_model(ranks.layout.local_config, self.dtype))
+            graphdef, _ = split_model(abstract_model(ranks.layout.local_config, dtype))
             shapes = {name: ranks.global_shape(name, shape) for name, shape in shapes.items()}
         wrong += [name for name in expected if name in state and state[name].shape != shapes[name]]
         if wrong:
@@ -109,9 +103,10 @@ class MiniMaxM3ForCausalLM:
         dtype: Any = "auto",
         *,
         device: Any = None,
+        device_map: Any = None,
         parallel: ParallelConfig | None = None,
         progress: bool = True,
-    ) -> MiniMaxM3ForCausalLM:
+    ) -> Self:
         """Loads a checkpoint directory in the Hugging Face format; "tiny" is the embedded one.
 
         Args:
@@ -119,18 +114,22 @@ class MiniMaxM3ForCausalLM:
             (dequantised while loading).
           dtype: "bfloat16" or "float32" (by name, or NumPy's, JAX's or torch's type), or "auto": bfloat16 on an
             accelerator, float32 on a CPU.
-          device: a jax device or sharding; the default device if None.
+          device: a jax device or sharding, or a name such as "cuda:1"; the default device if None.
+          device_map: transformers' name for the same; "auto" is the default device.
           parallel: sizes to spread the model over JAX's devices with; each process reads only what its devices need.
           progress: whether loads of more than two seconds show a bar on stderr.
 
         Raises:
           FileNotFoundError: no such directory or config.json.
           ConfigError, CheckpointError: what the files hold cannot be loaded; nothing was.
-          ValueError: for another dtype, or both a device and a parallel layout.
+          ValueError: for another dtype, a device that is not there, or two places for the weights.
           ParallelError: if the model cannot be spread so.
         """
-        if device is not None and parallel is not None:
-            raise ValueError("device and parallel: give one of them")
+        places = {"device": device, "device_map": device_map, "parallel": parallel}
+        if len(given := [name for name, value in places.items() if value is not None]) > 1:
+            raise ValueError(f"{' and '.join(given)}: give one of them")
+        wished = device if device_map is None or device_map == "auto" else device_map
+        device = None if wished is None else find_device(wished)
         path = model_directory(directory)
         config = MiniMaxM3Config.from_pretrained(path)
         generation_config = GenerationConfig.from_pretrained(path, config.eos_token_ids)
@@ -148,7 +147,7 @@ class MiniMaxM3ForCausalLM:
         seed: int = 0,
         *,
         parallel: ParallelConfig | None = None,
-    ) -> MiniMaxM3ForCausalLM:
+    ) -> Self:
         """A model with random weights, the same for every `parallel` layout (made on one device, then spread)."""
         ranks = None if parallel is None else Ranks(config, parallel)
         _, state = split_model(MiniMaxM3(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(seed)))
@@ -174,15 +173,9 @@ class MiniMaxM3ForCausalLM:
                 if source.is_file() and source.resolve() != (target / name).resolve():
                     shutil.copyfile(source, target / name)
 
-    def state(self) -> dict[str, Any]:
-        """Weights by dotted name, matrices [in, out]; of a parallel model copies on the host, as NumPy arrays."""
-        if (ranks := self.ranks) is not None:
-            return {name: ranks.whole(name, leaf) for name, leaf in zip(self._names, self._leaves, strict=True)}
-        return dict(zip(self._names, self._leaves, strict=True))
-
     def num_parameters(self) -> int:
         """Parameters of the text model, each counted once."""
-        _, shapes = split_model(abstract_model(self.config, self.dtype))
+        _, shapes = split_model(abstract_model(self.config, self._dtype))
         return sum(shape.size for shape in shapes.values())
 
     @property
@@ -206,27 +199,129 @@ class MiniMaxM3ForCausalLM:
             raise FileNotFoundError("this model was not loaded from a directory, so it has no tokenizer")
         return Tokenizer.from_pretrained(self._directory)
 
-    def __call__(self, input_ids: Any, attention_mask: Any = None) -> CausalLMOutput:
-        """Logits of every token, without a cache.
+    def __call__(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: PastKeyValues | None = None,
+        *,
+        labels: Any = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool = False,
+        output_router_logits: bool | None = None,
+        logits_to_keep: Any = 0,
+        return_dict: bool = True,
+    ) -> Any:
+        """A forward pass, with transformers' arguments and results. Padding may stand on either side.
 
         Args:
           input_ids: [R, L] or [L] ids: NumPy, JAX, torch, or lists (of different lengths, if need be).
-          attention_mask: of the same shape, 0 on padding, which may stand on either side.
-
-        Returns:
-          `.logits`: torch if the ids were, else JAX.
+          attention_mask: of the same shape, 0 on padding; or [R, S + L], with the columns of the context first.
+          position_ids: of the same shape, for the rotary embedding; None counts each row's tokens.
+          past_key_values: the context that the ids continue, from an earlier call; it is extended in place.
+          labels: of the same shape, ids or -100, for `.loss`: each token's logits against the next label; padding does
+            not count.
+          use_cache: whether to keep the context (`.past_key_values`); None: if one was given.
+          output_hidden_states: whether to give these.
+          output_router_logits: the same, and the auxiliary loss, which `.loss` then includes; None: as the config says.
+          logits_to_keep: columns at the end to give logits of, 0 for all, or which columns, [K].
+          return_dict: False for a tuple.
 
         Raises:
-          ValueError: for an empty or too long prompt, ids outside the vocabulary, a mask that does not fit.
+          ValueError: for an empty or too long prompt, ids outside the vocabulary, and arguments that do not fit.
         """
-        prompts = self._read(input_ids, attention_mask)
-        flat = self._forward(self._leaves, prompts.tokens)
-        if prompts.kept.all():
-            logits = flat.reshape(*prompts.kept.shape, -1)
-        else:
-            logits = jnp.zeros((*prompts.kept.shape, self.config.vocab_size), flat.dtype)
-            logits = logits.at[np.nonzero(prompts.kept)].set(flat)
-        return CausalLMOutput(_like(input_ids, logits))
+        past = past_key_values
+        if past is not None:
+            self._check_past(past, use_cache)
+        mask = new_columns(attention_mask, input_ids, past)
+        prompts = self._read(input_ids, mask, least=1 if past is None else 0)
+        kept = prompts.kept
+        columns = kept_columns(logits_to_keep, kept.shape[1])
+        if labels is not None:
+            labels = read_labels(labels, kept, self.config.vocab_size)
+            if not np.array_equal(columns, np.arange(kept.shape[1])):
+                raise ValueError("labels and logits_to_keep: the loss needs the logits of all columns")
+        positions = read_positions(position_ids, prompts, self.config.max_position_embeddings)
+        if past is None and use_cache:
+            past = self.empty_past_key_values(len(kept))
+        elif past is not None:
+            self._check_turn(past, kept)
+        if output_router_logits is None:
+            output_router_logits = self.config.extra.get("output_router_logits", False)
+        wanted, order = wanted_tokens(kept, columns)
+        out = self._forward(
+            self._leaves,
+            prompts.tokens,
+            positions=positions,
+            wanted=wanted,
+            past=past,
+            hidden_states=bool(output_hidden_states),
+            router_logits=bool(output_router_logits),
+        )
+        if past is not None:
+            past.append(kept)
+        logits = _place_rows(out.logits, kept[:, columns], order)
+        routers = tuple(_place_rows(rows, kept).reshape(kept.size, -1) for rows in out.router_logits)
+        loss, aux_loss = self._losses(logits, labels, routers, kept)
+
+        def given_out(array: Any) -> Any:
+            return None if array is None else self._result(input_ids, array)
+
+        result = CausalLMOutput(
+            logits=given_out(logits),
+            loss=given_out(loss),
+            aux_loss=given_out(aux_loss),
+            past_key_values=past,
+            hidden_states=tuple(given_out(_place_rows(rows, kept)) for rows in out.hidden_states) or None,
+            router_logits=tuple(map(given_out, routers)) if output_router_logits else None,
+        )
+        return result if return_dict else result.to_tuple()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """A call by torch's name."""
+        return self(*args, **kwargs)
+
+    def empty_past_key_values(self, batch_size: int, *, max_cache_len: int = 0) -> PastKeyValues:
+        """A context without tokens, for `past_key_values`.
+
+        Args:
+          batch_size: rows.
+          max_cache_len: tokens a row to make room for at once; a context that grows instead compiles for each size.
+        """
+        place = self._leaves[0].sharding if self.ranks is None else self.ranks.cache_placement
+        return PastKeyValues(self.config, batch_size, self._dtype, place, max_cache_len=max_cache_len)
+
+    def _losses(
+        self, logits: jax.Array, labels: Any, routers: tuple[jax.Array, ...], kept: np.ndarray
+    ) -> tuple[Any, Any]:
+        """(loss, auxiliary loss), None where labels or routers are not there."""
+        loss = None if labels is None else causal_lm_loss(logits, labels)
+        if not routers:
+            return loss, None
+        aux_loss = load_balancing_loss(routers, kept.reshape(-1), per_token=self.config.num_experts_per_tok)
+        if loss is not None:
+            loss = loss + self.config.extra.get("router_aux_loss_coef", _AUX_LOSS_COEF) * aux_loss
+        return loss, aux_loss
+
+    def _check_past(self, past: PastKeyValues, use_cache: bool | None) -> None:
+        if not isinstance(past, PastKeyValues):
+            raise ValueError(f"past_key_values is {type(past).__name__}: must come from an earlier call of this model")
+        if use_cache is False:
+            raise ValueError("use_cache = False: must be True or None with past_key_values, which the call extends")
+        if past.config != self.config or past.dtype != self._dtype:
+            raise ValueError("past_key_values is of another model: must come from an earlier call of this one")
+
+    def _check_turn(self, past: PastKeyValues, kept: np.ndarray) -> None:
+        if past.batch_size != len(kept):
+            raise ValueError(f"input_ids has {len(kept)} rows: must be {past.batch_size}, as past_key_values")
+        if not kept.any():
+            raise ValueError("input_ids is empty: at least one row needs a token")
+        most, limit = int((past.kv_lens + kept.sum(axis=1)).max()), self.config.max_position_embeddings
+        if most > limit:
+            raise ValueError(
+                f"input_ids ends at {most} tokens with past_key_values: at most max_position_embeddings = {limit} fit"
+            )
 
     def generate(
         self,
@@ -242,11 +337,13 @@ class MiniMaxM3ForCausalLM:
         eos_token_id: int | list[int] | None = None,
         streamer: Streamer | None = None,
         execution: str = "auto",
+        generation_config: Any = None,
+        **options: Any,
     ) -> Any:
         """Continues prompts until each has met an end-of-text token or `max_new_tokens` are written.
 
-        Options that are None come from `generation_config`. Row r's random draws depend on the seed, r and
-        the position alone.
+        Options that are None come from `generation_config`, and then from the model's. Row r's random draws depend on
+        the seed, r and the position alone.
 
         Args:
           input_ids, attention_mask: as in a call.
@@ -257,6 +354,9 @@ class MiniMaxM3ForCausalLM:
           execution: "segmented" runs prompts as compiled segments around host-side attention, "whole" as one
             executable, "eager" everything as segments at their exact sizes, for comparison; "auto" takes the
             fastest. Tokens are the same up to rounding.
+          generation_config: a GenerationConfig of ours or of transformers, or a mapping.
+          options: `max_length` (prompts included), `pad_token_id`, and other options of transformers at the values
+            at which they do nothing, such as num_beams = 1; docs/torch.md lists them.
 
         Returns:
           [R, L + new] ids: the prompts as given, then the new tokens; a row that ended early, and prompts of
@@ -264,33 +364,29 @@ class MiniMaxM3ForCausalLM:
           ids were, else JAX.
 
         Raises:
-          ValueError: for options out of range, and as in a call.
+          ValueError: for options out of range or not served, and as in a call.
         """
-        options = self.generation_config.override(
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            eos_token_id=eos_token_id,
-        )
-        options.check_vocabulary(self.config.vocab_size)
+        given: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "temperature": temperature}
+        given |= {"top_p": top_p, "top_k": top_k, "eos_token_id": eos_token_id, **options}
+        width = self._read(input_ids, attention_mask).kept.shape[1]
+        config, asked = generation_options(self.generation_config, generation_config, given, width)
+        config.check_vocabulary(self.config.vocab_size)
         if isinstance(seed, bool) or not 0 <= (seed := operator.index(seed)) < 2**32:
             raise ValueError(f"seed = {seed!r}: must be an integer within 0..{2**32 - 1}")
-        pad = options.pad
+        pad = config.pad
         prompts = self._read(input_ids, attention_mask, pad)
         longest = max(len(tokens) for tokens in prompts.tokens)
-        budget = self._budget(options.max_new_tokens, longest, asked=max_new_tokens is not None)
-        ends = np.array(options.eos_token_id, np.int32)
+        budget = self._budget(config.max_new_tokens, longest, asked=asked)
+        ends = np.array(config.eos_token_id, np.int32)
         steps = generate_tokens(
             self._steps,
             self._leaves,
             self.config,
             prompts.tokens,
-            options,
+            config,
             max_new_tokens=budget,
             seed=seed,
-            cache_dtype=self.dtype,
+            cache_dtype=self._dtype,
             execution=check_execution(execution),
         )
         columns, ended = [], np.zeros(len(prompts.tokens), bool)
@@ -308,16 +404,27 @@ class MiniMaxM3ForCausalLM:
         finally:
             if streamer is not None:
                 streamer.end()  # a reader in another thread must not wait for ever
-        return _like(input_ids, jnp.asarray(np.concatenate([prompts.padded, np.stack(columns, axis=1)], axis=1)))
+        return self._result(input_ids, jnp.asarray(np.concatenate([prompts.padded, np.stack(columns, axis=1)], axis=1)))
 
-    def _read(self, input_ids: Any, attention_mask: Any, pad: int = 0) -> Prompts:
+    def _read(self, input_ids: Any, attention_mask: Any, pad: int = 0, least: int = 1) -> Prompts:
         return read_prompts(
             input_ids,
             attention_mask,
             vocab_size=self.config.vocab_size,
             max_len=self.config.max_position_embeddings,
             pad=pad,
+            least=least,
         )
+
+    def _result(self, given: Any, array: jax.Array) -> Any:
+        """A result as the caller gets it: a torch tensor, where the caller's is, if torch came in."""
+        if isinstance(given, (list, tuple)) and given:
+            given = given[0]
+        if not is_torch_tensor(given):
+            return array
+        from minimax_jax.torch.tensors import result_on
+
+        return result_on(given.device, array)
 
     def _budget(self, max_new_tokens: int | None, longest: int, *, asked: bool) -> int:
         """New tokens to write; a default is cut to the room there is, a request that does not fit is refused."""
@@ -345,25 +452,14 @@ def _resolve_dtype(dtype: Any, device: Any) -> str:
         target = next(iter(devices)) if devices else device
         platform = jax.default_backend() if target is None else target.platform
         return "float32" if platform == "cpu" else "bfloat16"
-    name = str(dtype).removeprefix("torch.") if isinstance(dtype, str) or "torch" in str(type(dtype)) else None
-    try:
-        name = name or jnp.dtype(dtype).name
-    except TypeError:
-        name = repr(dtype)
-    if name not in ("bfloat16", "float32"):
-        raise ValueError(f"dtype = {dtype!r}: must be 'auto', 'bfloat16' or 'float32'")
-    return name
+    return dtype_name(dtype)
 
 
-def _like(given: Any, result: jax.Array) -> Any:
-    """The result as a torch tensor, where the caller's tensor is, if torch came in."""
-    if isinstance(given, (list, tuple)) and given:
-        given = given[0]
-    if not is_torch_tensor(given):
-        return result
-    import torch
-
-    platform = next(iter(result.devices())).platform
-    same_device = given.device.type == ("cuda" if platform == "gpu" else platform)
-    tensor = torch.from_dlpack(result) if same_device else torch.from_numpy(np.array(result))
-    return tensor.to(given.device, torch.int64 if tensor.dtype == torch.int32 else tensor.dtype)
+def _place_rows(flat: jax.Array, kept: np.ndarray, order: np.ndarray | None = None) -> jax.Array:
+    """Rows of tokens in the cells of [R, K] that hold one, zeros in the others; cell i takes row order[i]."""
+    count = int(kept.sum())
+    if order is not None and not np.array_equal(order, np.arange(count)):
+        flat = flat[order]
+    if kept.all():
+        return flat.reshape(*kept.shape, -1)
+    return jnp.zeros((*kept.shape, flat.shape[-1]), flat.dtype).at[np.nonzero(kept)].set(flat)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import operator
 import queue
 import sys
 import time
@@ -57,7 +58,7 @@ class LLM:
         segment_config: SegmentConfig | Mapping[str, Any] | None = None,
         decode_config: DecodeConfig | Mapping[str, Any] | None = None,
         seed: int = 0,
-        warm_up: bool | None = None,
+        warm_up: bool | str | None = None,
         progress: bool = True,
     ):
         """Loads the model and sizes the caches.
@@ -74,8 +75,10 @@ class LLM:
           max_seq_len: tokens of prompt and answer; None for the model's. What the pages hold is a limit as well.
           cache_config, segment_config, decode_config: the config, or a dict of its fields.
           seed: where requests without a seed get theirs from.
-          warm_up: whether the largest steps are compiled now; None for where they must run to measure memory.
-          progress: whether loads of more than two seconds show a bar on stderr.
+          warm_up: whether the largest steps are compiled now; None for where they must run to measure memory. "all":
+            steps of every shape, so that serving compiles none: give few buckets, of tokens in `segment_config`, of
+            sequences and of pages in `decode_config`.
+          progress: whether loads and warm-ups of more than two seconds show a bar on stderr.
 
         Raises:
           FileNotFoundError, ConfigError, CheckpointError, ParallelError: as `from_pretrained`.
@@ -92,6 +95,8 @@ class LLM:
                 f"max_num_tokens = {max_num_tokens}: must be at least max_batch_size = {max_batch_size}, a token for "
                 "each sequence"
             )
+        if warm_up not in (None, True, False, "all"):
+            raise ValueError(f"warm_up = {warm_up!r}: must be None, True, False or 'all'")
         parallel = _parallel(tensor_parallel_size, moe_expert_parallel_size, enable_attention_dp)
         if isinstance(model, MiniMaxM3ForCausalLM):
             if parallel is not None:
@@ -118,7 +123,8 @@ class LLM:
             decode,
             dtype=self.model.dtype.name if cache.dtype == "auto" else cache.dtype,
             end_ids=end_ids,
-            warm_up=bool(warm_up),
+            warm_up=bool(warm_up) if warm_up != "all" else warm_up,
+            progress=progress,
         )
         self.max_seq_len = min(max_seq_len or longest, core.schedulers[0].capacity)
         self._core, self._thread = core, EngineThread(core)
@@ -274,7 +280,10 @@ class LLM:
             except ValueError as problem:
                 error = problem
         else:
-            ids = [int(token) for token in prompt]
+            try:
+                ids = [operator.index(token) for token in prompt]
+            except TypeError as problem:
+                error = ValueError(f"the prompt must be a text or a list of token ids: {problem}")
         arrival = next(self._arrivals)
         seed = int(self._seeds.integers(2**32)) if params.seed is None else params.seed
         return Request(

@@ -1,4 +1,4 @@
-"""Settings for every test: eight CPU devices, hypothesis profiles, no silent skip of torch's tests on Python 3.11."""
+"""Settings for every test: eight CPU devices, hypothesis profiles, one torch thread, no silent skip of torch tests."""
 
 import importlib.util
 import os
@@ -24,6 +24,14 @@ def pytest_sessionstart() -> None:
     missing = [name for name in ("torch", "transformers") if TORCH_REQUIRED and not importlib.util.find_spec(name)]
     if missing:
         raise pytest.UsageError(f"{' and '.join(missing)} missing on Python 3.11: install the test extra")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread():
+    """torch's threads wait in busy loops: beside JAX's, or another worker's, they cost more than they bring."""
+    torch = sys.modules.get("torch")  # whoever needs it has imported it while tests were collected
+    if torch is not None:
+        torch.set_num_threads(1)
 
 
 def fail_missing_import(report: pytest.CollectReport | pytest.TestReport) -> None:

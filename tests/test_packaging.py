@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.metadata
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -83,7 +84,8 @@ def test_declared_dependency_is_installed_within_its_bounds(line: str):
 
 def test_every_import_is_declared():
     declared = {Requirement(line).name for line in PROJECT["dependencies"]} | {"jaxlib", *PACKAGES}
-    optional = {"torch"}  # the test below sees that nobody loads it without being asked to
+    # the test below sees that nobody loads them without being asked to
+    optional = {"torch", "transformers", "matplotlib"}
     undeclared = [
         f"{name}: {found}"
         for name, path in modules()
@@ -93,9 +95,32 @@ def test_every_import_is_declared():
     assert not undeclared
 
 
-@pytest.mark.parametrize("module", ["minimax_jax", "minimax_jax.cli"])
-def test_import_needs_neither_torch_nor_transformers(module: str):
-    assert not loaded_after(f"import {module}") & {"torch", "transformers"}
+@pytest.mark.parametrize(
+    "statement", ["import minimax_jax, minimax_jax.cli", "from minimax_jax import MiniMaxM3ForCausalLM"]
+)
+def test_import_needs_neither_torch_nor_transformers(statement: str):
+    assert not loaded_after(statement) & {"torch", "transformers", "matplotlib"}
+
+
+def test_only_the_bridge_and_the_model_that_users_hold_know_torch():
+    torch_modules = {
+        name
+        for name, path in modules()
+        if any(is_inside(found, top) for found in imports(name, path) for top in ("torch", "minimax_jax.torch"))
+    }
+    assert {name for name in torch_modules if not is_inside(name, "minimax_jax.torch")} == {"minimax_jax.causal_lm"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
+def test_the_bridge_loads_torch_alone():
+    assert loaded_after("import minimax_jax.torch") & {"torch", "transformers"} == {"torch"}
+
+
+def test_the_bridge_says_what_it_needs():
+    code = "import sys; sys.modules['torch'] = None; import minimax_jax.torch"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "ImportError: minimax_jax.torch needs torch: pip install 'minimax-jax[torch]'" in run.stderr
 
 
 def test_kernels_import_alone():

@@ -1,4 +1,4 @@
-"""Attention without a cache: differentiable, on any device."""
+"""Attention without a cache: differentiable unless kernels are asked for, on any device."""
 
 from __future__ import annotations
 
@@ -17,12 +17,19 @@ class ReferenceAttend:
       query_starts: [R + 1] int32, boundaries of the sequences in the flat tokens.
       num_tokens: T, static.
       max_len: static bound of one sequence's length; T when not given.
+      impl: which kernels to use; only "reference" is differentiable.
     """
 
     def __init__(
-        self, config: MiniMaxM3Config, query_starts: Int[Array, "R+1"], num_tokens: int, max_len: int | None = None
+        self,
+        config: MiniMaxM3Config,
+        query_starts: Int[Array, "R+1"],
+        num_tokens: int,
+        max_len: int | None = None,
+        *,
+        impl: str | None = "reference",
     ):
-        self.config = config
+        self.config, self.impl = config, impl
         self.batch, self.slots, self.num_pages = packed_batch(
             query_starts, num_tokens, config.index_block_size, num_tokens if max_len is None else max_len
         )
@@ -38,9 +45,9 @@ class ReferenceAttend:
     ) -> Float[Array, "T Hq*D"]:
         block_size = self.config.index_block_size
         empty = jnp.zeros((self.num_pages, k.shape[1], block_size, k.shape[2]), k.dtype)
-        k_pages, v_pages = write_kv(empty, empty, k, v, self.slots, impl="reference")
+        k_pages, v_pages = write_kv(empty, empty, k, v, self.slots, impl=self.impl)
         index_pages = None
         if idx_k is not None:
             index_pages = jnp.zeros((self.num_pages, block_size, idx_k.shape[2]), idx_k.dtype)
-            index_pages = write_index(index_pages, idx_k, self.slots, impl="reference")
-        return attend_paged(self.config, q, k_pages, v_pages, idx_q, index_pages, self.batch, impl="reference")
+            index_pages = write_index(index_pages, idx_k, self.slots, impl=self.impl)
+        return attend_paged(self.config, q, k_pages, v_pages, idx_q, index_pages, self.batch, impl=self.impl)

@@ -2,6 +2,7 @@
 
 from minimax_jax.cache.page_allocator import PageAllocator
 from minimax_jax.cache.pages import CachePlacement, PagedCaches, allocate_pages
+from minimax_jax.cache.past_key_values import PastKeyValues
 from minimax_jax.cache.pool import LentCaches, LentLayer, PagePool
 from minimax_jax.cache.sequence_pages import SequencePages
 
@@ -12,6 +13,7 @@ __all__ = [
     "PageAllocator",
     "PagePool",
     "PagedCaches",
+    "PastKeyValues",
     "SequencePages",
     "allocate_pages",
 ]

@@ -83,6 +83,10 @@ class SequencePages:
         self.table += pages
         return copies
 
+    def fills_a_page(self, num_tokens: int) -> bool:
+        """Whether `register` would have anything to do for so many tokens."""
+        return num_tokens // self._page_size > self._num_registered
+
     def register(self, tokens: Int[np.ndarray, "L"]) -> None:
         """Lets later sequences find the pages that `tokens`, all of which were computed, fill."""
         full = len(tokens) // self._page_size

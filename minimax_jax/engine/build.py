@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 from jaxtyping import Array
+from tqdm import tqdm
 
 from minimax_jax.buckets import buckets_up_to
 from minimax_jax.cache import PageAllocator, PagePool
@@ -20,6 +22,7 @@ from minimax_jax.engine.steps import Steps
 from minimax_jax.tensor_table import cache_bytes_per_token
 
 _CPU_CACHE_BYTES = 1 << 30
+_NARROWEST_TABLE, _WIDENING = 8, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +51,17 @@ def build_core(
     *,
     dtype: str,
     end_ids: tuple[int, ...],
-    warm_up: bool,
+    warm_up: bool | str,
+    progress: bool = True,
 ) -> EngineCore:
     """An engine over a pool of the size that `cache` asks for.
 
     Args:
       dtype: of the caches, by name.
       end_ids: end-of-text tokens.
-      warm_up: whether the largest steps run before the first request; they always do where memory is measured.
+      warm_up: whether the largest steps run before the first request, or "all" combinations of the buckets; the
+        largest always do where memory is measured.
+      progress: whether warming up all of them shows a bar on stderr.
 
     Raises:
       ValueError: for settings that do not fit the model or the device.
@@ -78,6 +84,7 @@ def build_core(
     width = -(-limits.max_seq_len // page_size)
     if not measured and most is None:
         most = max(1, min(limits.max_batch_size * width, _CPU_CACHE_BYTES // page_bytes))
+    page_buckets = decode.page_buckets or (None if device.platform == "cpu" else _wide_tables(width))
     place = leaves[0].sharding if steps.ranks is None else steps.ranks.cache_placement
     small = limits.max_batch_size if most is None else min(most, limits.max_batch_size)
     pool = PagePool(config, small, dtype, place)
@@ -89,14 +96,14 @@ def build_core(
         RunnerConfig(
             limits.max_batch_size,
             segment.execution,
-            batch_sizes=decode.batch_sizes or buckets_up_to(limits.max_batch_size),
+            batch_sizes=decode.batch_sizes or _batch_sizes(limits.max_batch_size),
             pad_batches=decode.enable_padding,
             token_buckets=buckets,
-            page_buckets=decode.page_buckets,
+            page_buckets=page_buckets,
         ),
         end_ids=end_ids,
         max_pages=width,
-        segmented=steps.segments(buckets),
+        segmented=steps.segments(buckets, (limits.max_batch_size,), page_buckets),
     )
 
     def run_largest() -> None:
@@ -104,7 +111,7 @@ def build_core(
         runner.warm_up("prefill", runner.config.tokens(limits.max_num_tokens), rows, pages)
         runner.warm_up("decode", rows, rows, pages)
 
-    if measured or warm_up:
+    if measured or warm_up is True:
         fill_memory(
             pool,
             run_largest,
@@ -116,6 +123,8 @@ def build_core(
         )
     elif most is not None and most != pool.num_pages:
         pool.resize(most, keep=False)
+    if warm_up == "all":
+        warm_up_all(runner, runner.config.pages(width), progress=progress)
     schedulers = [
         Scheduler(
             PageAllocator(pool.num_pages, reuse=cache.enable_reuse),
@@ -126,3 +135,35 @@ def build_core(
         for _ in range(1 if steps.ranks is None else steps.ranks.groups)
     ]
     return EngineCore(runner, schedulers, end_ids=end_ids)
+
+
+def _batch_sizes(most: int) -> tuple[int, ...]:
+    """Powers of two, and the largest batch itself."""
+    return (*(1 << power for power in range((most - 1).bit_length())), most)
+
+
+def _wide_tables(most: int) -> tuple[int, ...]:
+    """Few widths for a device whose kernels read a row's own pages only: compiling costs more there than width."""
+    sizes = [_NARROWEST_TABLE]
+    while sizes[-1] < most:
+        sizes.append(sizes[-1] * _WIDENING)
+    return (*(size for size in sizes if size < most), most)
+
+
+def warm_up_all(runner: StepRunner, most_pages: int, *, progress: bool) -> None:
+    """Runs a step of every shape that the buckets allow, the largest first, so that serving compiles none.
+
+    Args:
+      most_pages: of one sequence.
+      progress: whether to show a bar on stderr.
+    """
+    config = runner.config
+    rows = config.batch_sizes or buckets_up_to(config.max_batch_size)
+    pages = [width for width in config.page_buckets or buckets_up_to(most_pages) if width <= most_pages]
+    few, full = config.mixed_rows(1), config.mixed_rows(config.max_batch_size)
+    steps = [("prefill", *shape) for shape in itertools.product(config.token_buckets, sorted({few, full}), pages)]
+    # more than a few rows have at least a token each
+    steps = [step for step in steps if step[2] == few or step[1] > few]
+    steps += [("decode", count, count, width) for count, width in itertools.product(rows, pages)]
+    for step in tqdm(steps[::-1], "warming up", unit="step", disable=None if progress else True, delay=2):
+        runner.warm_up(*step)

@@ -102,7 +102,7 @@ class EngineCore:
         self.counts.steps[step.kind, step.how] += 1
         if step.kind == "prefill":
             rows = (row for plan in step.plans for row in plan.rows)
-            self.counts.prompt_tokens += sum(row.count for row in rows if row.start < row.sequence.num_prompt)
+            self.counts.prompt_tokens += sum(row.num_tokens for row in rows if row.start < row.sequence.num_prompt)
 
     def _read(self) -> list[Sequence]:
         """Takes in the tokens of the step in flight, waiting for them."""
@@ -119,12 +119,13 @@ class EngineCore:
         touched: list[Sequence] = []
         wrong: list[list[int]] = [[] for _ in self.schedulers]
         for group, plan in enumerate(step.plans):
+            chosen = tokens[group].tolist()
             for number, row in enumerate(plan.rows):
-                sequence, token = row.sequence, int(tokens[group, number])
+                sequence, token = row.sequence, chosen[number]
                 if sequence.finished:
                     continue
                 if token == BAD_LOGITS:
-                    sequence.error = NonFiniteLogitsError(row.start + row.count - 1)
+                    sequence.error = NonFiniteLogitsError(row.start + row.num_tokens - 1)
                     wrong[group] += self._end(sequence, "error", discard=True)
                     touched.append(sequence)
                     continue
@@ -145,14 +146,16 @@ class EngineCore:
                 sequence.logprobs.append(logprobs)
         if sequence.status is Status.RUNNING:
             assert sequence.pages is not None
-            sequence.pages.register(sequence.known[: min(row.start + row.count, sequence.num_known)])
+            computed = min(row.start + row.num_tokens, sequence.num_known)
+            if sequence.pages.fills_a_page(computed):
+                sequence.pages.register(sequence.known[:computed])
         if row.chooses:
             self._release_children(sequence)
             self._check_end(sequence, token)
         return row.chooses
 
     def _check_end(self, sequence: Sequence, token: int) -> None:
-        params, length = sequence.params, len(sequence.output)
+        params, length = sequence.params, sequence.num_known - sequence.num_prompt
         search = length > params.min_tokens or length >= sequence.max_new
         ends = token in self._end_ids and not params.ignore_eos
         if ends or token in params.stop_token_ids:
@@ -201,8 +204,8 @@ class EngineCore:
         self._inflight = None
         ended = []
         if rows:
-            culprit = max(rows, key=lambda row: (row.count, row.sequence.order)).sequence
-            culprit.error = DeviceStepError(sum(row.count for row in rows), error)
+            culprit = max(rows, key=lambda row: (row.num_tokens, row.sequence.order)).sequence
+            culprit.error = DeviceStepError(sum(row.num_tokens for row in rows), error)
             self._end(culprit, "error")
             ended.append(culprit)
         # what a failed step had taken is gone: fresh pages and rows, at the same sizes

@@ -71,9 +71,10 @@ class DecodeConfig:
     """How steps run in which every sequence takes one token.
 
     Attributes:
-      batch_sizes: to compile for; None for powers of two and three quarters of these up to `max_batch_size`.
+      batch_sizes: to compile for; None for powers of two up to `max_batch_size`.
       enable_padding: whether a batch is padded up to one of them; without it each size that occurs is compiled.
-      page_buckets: widths of block tables to compile for; None for powers of two and three quarters of these.
+      page_buckets: widths of block tables to compile for, of all steps; None for 8, 32, 128, ..., on a CPU for powers
+        of two and three quarters of these.
     """
 
     batch_sizes: tuple[int, ...] | None = None

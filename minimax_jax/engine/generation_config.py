@@ -14,7 +14,7 @@ from minimax_jax.paths import model_directory
 # Below this a division by the temperature is no float32 any more: the distribution is all on the likeliest token.
 COLDEST = 1e-30
 # Options of transformers that would change the tokens and are not served here -> the values that do nothing.
-_NOT_SERVED = {
+NOT_SERVED = {
     "repetition_penalty": (None, 1.0),
     "min_p": (None, 0.0),
     "typical_p": (None, 1.0),
@@ -120,7 +120,7 @@ class GenerationConfig:
             if not isinstance(values, dict):
                 raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
         known = {field.name for field in dataclasses.fields(cls)} - {"extra"}
-        ignored = [key for key, neutral in _NOT_SERVED.items() if values.get(key) not in neutral]
+        ignored = [key for key, neutral in NOT_SERVED.items() if values.get(key) not in neutral]
         if ignored:
             warnings.warn(f"{path}: {', '.join(ignored)} will be ignored (not served by generate)", stacklevel=2)
         try:

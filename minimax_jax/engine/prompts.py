@@ -31,7 +31,9 @@ def is_torch_tensor(value: Any) -> bool:
     return type(value).__module__.partition(".")[0] == "torch"
 
 
-def read_prompts(input_ids: Any, attention_mask: Any, *, vocab_size: int, max_len: int, pad: int = 0) -> Prompts:
+def read_prompts(
+    input_ids: Any, attention_mask: Any, *, vocab_size: int, max_len: int, pad: int = 0, least: int = 1
+) -> Prompts:
     """Reads [R, L] or [L] ids (NumPy, JAX, torch, lists), or a list of prompts of different lengths.
 
     Padding may stand on either side of a prompt: positions count from a prompt's first token.
@@ -39,6 +41,7 @@ def read_prompts(input_ids: Any, attention_mask: Any, *, vocab_size: int, max_le
     Args:
       attention_mask: of the ids' shape, 0 on padding; not with prompts of different lengths.
       pad: what fills prompts of different lengths up.
+      least: tokens that each prompt must have.
 
     Raises:
       ValueError: for an empty prompt, ids outside the vocabulary, a prompt longer than `max_len`, ids that
@@ -51,9 +54,9 @@ def read_prompts(input_ids: Any, attention_mask: Any, *, vocab_size: int, max_le
         kept = _read_mask(attention_mask, padded.shape)
     for row, keep in enumerate(kept):
         count = int(keep.sum())
-        if count == 0:
+        if count < least:
             raise ValueError(f"input_ids[{row}] is empty: a prompt needs at least one token")
-        if np.flatnonzero(keep)[-1] - np.flatnonzero(keep)[0] + 1 != count:
+        if count and np.flatnonzero(keep)[-1] - np.flatnonzero(keep)[0] + 1 != count:
             raise ValueError(f"attention_mask[{row}] has a hole: the tokens of a prompt must stand together")
         if count > max_len:
             raise ValueError(f"input_ids[{row}] has {count} tokens: at most max_position_embeddings = {max_len} fit")
@@ -75,13 +78,14 @@ def document_ids(tokenizer: Tokenizer, text: str, config: MiniMaxM3Config) -> li
     return [start, *ids]
 
 
-def _host_array(value: Any) -> np.ndarray:
+def host_array(value: Any) -> np.ndarray:
+    """Anything that NumPy reads, and torch tensors of any device."""
     return np.asarray(value.detach().cpu().numpy() if is_torch_tensor(value) else value)
 
 
 def _to_numpy(name: str, value: Any) -> np.ndarray:
     try:
-        array = _host_array(value)
+        array = host_array(value)
     except ValueError:  # NumPy on nested lists of different lengths
         raise ValueError(f"{name}: must be integers in rows, one level of nesting") from None
     if array.size == 0:
@@ -121,7 +125,7 @@ def _pad_rows(rows: list[np.ndarray], pad: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def _read_mask(attention_mask: Any, shape: tuple[int, ...]) -> np.ndarray:
-    mask = _host_array(attention_mask)
+    mask = host_array(attention_mask)
     if mask.ndim == 1:
         mask = mask[None]
     if mask.shape != shape:

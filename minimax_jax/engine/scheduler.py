@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+from typing import NamedTuple
 
 from minimax_jax.cache import PageAllocator, SequencePages
 from minimax_jax.engine.sequence import NO_SLOT, Sequence, Status
 
 
-@dataclasses.dataclass(frozen=True)
-class PlannedRow:
-    """One sequence's part of a step.
+class PlannedRow(NamedTuple):
+    """One sequence's part of a step; a named tuple, since each step makes one for every sequence.
 
     Attributes:
-      start, count: which of its tokens are computed.
+      start, num_tokens: which of its tokens are computed.
       chooses: whether its next token is chosen, because the last one is among them.
       begins: whether it takes its slot with this step.
     """
 
     sequence: Sequence
     start: int
-    count: int
+    num_tokens: int
     chooses: bool
     begins: bool
 
@@ -41,7 +41,7 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         """Tokens to compute."""
-        return sum(row.count for row in self.rows)
+        return sum(row.num_tokens for row in self.rows)
 
     def unfinished(self) -> StepPlan:
         """The plan without sequences that have ended since it was made."""
@@ -123,12 +123,12 @@ class Scheduler:
         """
         step = _Step(self._max_tokens)
         preempted = False
-        left = [(sequence, sequence.num_uncomputed) for sequence in self.running]
-        singles = [sequence for sequence, count in left if count == 1]
-        for sequence in singles + [sequence for sequence, count in left if count > 1]:
+        left = {sequence: sequence.num_uncomputed for sequence in self.running}
+        singles = [sequence for sequence, count in left.items() if count == 1]
+        for sequence in singles + [sequence for sequence, count in left.items() if count > 1]:
             if sequence.status is not Status.RUNNING or not step.budget:
                 continue
-            count = min(sequence.num_uncomputed, step.budget)
+            count = min(left[sequence], step.budget)
             copies = self._grow(sequence, count)
             while copies is None:
                 preempted = True
@@ -247,7 +247,7 @@ class _Step:
             sequence.num_computed = end
             sequence.num_pending += rows[-1].chooses
             copies += own
-        rows.sort(key=lambda row: row.count > 1)
+        rows.sort(key=lambda row: row.num_tokens > 1)
         return StepPlan(tuple(rows), tuple(copies))
 
 

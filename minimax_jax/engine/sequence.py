@@ -109,7 +109,8 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         """Tokens to compute before the next one can be chosen; 0 once enough were chosen."""
-        return 0 if self.num_new >= self.max_new else self.num_tokens - self.num_computed
+        num_tokens = self.num_known + self.num_pending
+        return 0 if num_tokens - self.num_prompt >= self.max_new else num_tokens - self.num_computed
 
     @property
     def finished(self) -> bool:

@@ -90,7 +90,7 @@ def step_arrays(
         rows, number = plan.rows, len(plan.rows)
         if not rows:
             continue
-        counts = np.array([row.count for row in rows], np.int32)
+        counts = np.array([row.num_tokens for row in rows], np.int32)
         starts = np.array([row.start for row in rows], np.int32)
         ends = np.cumsum(counts, dtype=np.int32)
         total = int(ends[-1])
@@ -98,10 +98,12 @@ def step_arrays(
         positions[group, :total] = np.arange(total, dtype=np.int32) - (ends - counts)[at] + starts[at]
         for row, end in zip(rows, ends.tolist(), strict=True):
             sequence = row.sequence
-            known = min(row.start + row.count, sequence.num_known) - row.start
+            known = min(row.start + row.num_tokens, sequence.num_known) - row.start
             if known > 0:
-                tokens[group, end - row.count : end - row.count + known] = sequence.known[row.start : row.start + known]
-            if known < row.count:  # the newest token is still on the device
+                tokens[group, end - row.num_tokens : end - row.num_tokens + known] = sequence.known[
+                    row.start : row.start + known
+                ]
+            if known < row.num_tokens:  # the newest token is still on the device
                 sources[group, end - 1] = sequence.slot
         block_tables[group, :number] = tables[group].rows(rows, shape.pages)
         places = positions[group, :total]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 from collections.abc import Sequence as Rows
 from typing import Any
@@ -12,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from minimax_jax.attention import StepLayout, check_pages, step_layout
-from minimax_jax.buckets import bucket, buckets_up_to
+from minimax_jax.attention import StepLayout, check_pages, send_together, step_layout
+from minimax_jax.buckets import bucket, buckets_up_to, padded_size
 from minimax_jax.cache import PagePool
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.engine.execution import check_execution, mesh_execution, prefill_execution
@@ -29,6 +28,7 @@ from minimax_jax.engine.steps import MAX_PREFILL_TOKENS, PickFeatures, PickInput
 from minimax_kernels import Batch
 
 _SCORED_ROWS = 256  # prompt tokens whose logits exist at once
+_FEW_ROWS = 8  # sequences of a step with prompts, up to which it is not padded to a full batch
 _EDITED_PAGES = 8  # the least number of page edits that is compiled for
 
 
@@ -40,7 +40,7 @@ class RunnerConfig:
       max_batch_size: sequences of one step, on each data rank.
       execution: "segmented", "whole", "eager" or "auto"; see `engine/execution.py`.
       batch_sizes: rows to compile for, the largest at least `max_batch_size`; None for powers of two and three quarters
-        of these. Steps that only decode are padded to one of them.
+        of these. Steps that only decode are padded to one of them, others to one of two.
       pad_batches: without it, such steps are compiled for each number of rows that occurs.
       token_buckets: tokens to compile for where prompts take part.
       page_buckets: widths of block tables to compile for; None for powers of two and three quarters.
@@ -58,22 +58,20 @@ class RunnerConfig:
 
     def rows(self, count: int) -> int:
         """Rows to compile for, for `count` sequences."""
-        return _padded(count, self.batch_sizes)
+        return padded_size(count, self.batch_sizes)
+
+    def mixed_rows(self, count: int) -> int:
+        """The same where prompts take part: one of two sizes, since tokens and pages vary there as well."""
+        few = self.rows(min(_FEW_ROWS, self.max_batch_size))
+        return few if count <= few else self.rows(self.max_batch_size)
 
     def tokens(self, count: int) -> int:
         """Tokens to compile for, where prompts take part."""
-        return _padded(count, self.token_buckets)
+        return padded_size(count, self.token_buckets)
 
     def pages(self, count: int) -> int:
         """Width of the block tables to compile for."""
-        return _padded(count, self.page_buckets)
-
-
-def _padded(count: int, sizes: tuple[int, ...] | None) -> int:
-    if sizes is None:
-        return bucket(count)
-    place = bisect.bisect_left(sizes, count)
-    return sizes[place] if place < len(sizes) else bucket(count)
+        return padded_size(count, self.page_buckets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +145,10 @@ class StepRunner:
         self._groups = 1 if ranks is None else ranks.groups
         self.num_slots = config.max_batch_size
         width = max(max_pages or pool.num_pages, *(config.page_buckets or (1,)))
-        self._tables = [SlotTables(self.num_slots, _padded(width, config.page_buckets)) for _ in range(self._groups)]
-        self._state: RowState = self._place(empty_rows(self.num_slots * self._groups, model.vocab_size))
+        self._tables = [
+            SlotTables(self.num_slots, padded_size(width, config.page_buckets)) for _ in range(self._groups)
+        ]
+        self._state = self._empty_state()
         self._parameters: tuple[Any, ...] | None = None  # of the latest step
         self._life = pool.epoch.value  # of the pool, in which the tables fit
 
@@ -158,7 +158,7 @@ class StepRunner:
 
     def _how(self, plans: Rows[StepPlan]) -> tuple[str, str]:
         """(kind, execution) of a step."""
-        kind = "decode" if all(row.count == 1 for plan in plans for row in plan.rows) else "prefill"
+        kind = "decode" if all(row.num_tokens == 1 for plan in plans for row in plan.rows) else "prefill"
         return kind, self._choose(kind, max(plan.num_tokens for plan in plans))
 
     def _choose(self, kind: str, num_tokens: int) -> str:
@@ -170,9 +170,11 @@ class StepRunner:
 
     def _shape(self, plans: Rows[StepPlan], kind: str) -> StepShape:
         count = max(len(plan.rows) for plan in plans)
-        rows = count if kind == "decode" and not self.config.pad_batches else self.config.rows(count)
-        tokens = rows if kind == "decode" else self.config.tokens(max(plan.num_tokens for plan in plans))
-        ends = [row.start + row.count for plan in plans for row in plan.rows]
+        if kind == "decode":
+            rows = tokens = self.config.rows(count) if self.config.pad_batches else count
+        else:
+            rows, tokens = self.config.mixed_rows(count), self.config.tokens(max(plan.num_tokens for plan in plans))
+        ends = [row.start + row.num_tokens for plan in plans for row in plan.rows]
         return StepShape(tokens, rows, self.config.pages(-(-max(ends) // self._page_size)))
 
     def launch(self, plans: Rows[StepPlan]) -> LaunchedStep:
@@ -189,10 +191,12 @@ class StepRunner:
         if any(plan.copies for plan in plans):
             self.copy_pages([plan.copies for plan in plans])
         if how == "whole":
-            hidden, last = self._run_whole(arrays)
+            sent = self._send(arrays)
+            hidden, last = self._run_whole(arrays, sent)
         else:
+            sent = arrays
             hidden, last = self._run_segments(plans, arrays, eager=how == "eager")
-        tokens, logprobs = self._pick(arrays, last, *self._pick_parameters(plans, shape.rows))
+        tokens, logprobs = self._pick(sent, last, *self._pick_parameters(plans, shape.rows))
         scores = self._score_prompts(plans, shape, hidden)
         jax.tree.map(_start_copy, (tokens, logprobs, [score.scores for score in scores]))
         return LaunchedStep(tuple(plans), shape.rows, tokens, logprobs, scores, kind, how)
@@ -201,15 +205,15 @@ class StepRunner:
         """Compiles and runs one step of the largest context that `num_pages` hold, which writes to no page.
 
         Args:
-          kind: "prefill", with `num_tokens` of one sequence and one each of others, or "decode".
+          kind: "prefill", with one token of each sequence and what is left of the first, or "decode".
         """
         shape = StepShape(num_tokens if kind == "prefill" else num_rows, num_rows, num_pages)
         groups = self._groups
-        counts = np.ones(num_rows, np.int32)
-        if kind == "prefill":
-            counts[0] = num_tokens - num_rows + 1
+        live = min(num_rows, shape.tokens)
+        counts = (np.arange(num_rows) < live).astype(np.int32)
+        counts[0] += shape.tokens - live
         ends = np.cumsum(counts, dtype=np.int32)
-        contexts = np.full(num_rows, num_pages * self._page_size, np.int32)
+        contexts = np.where(counts > 0, num_pages * self._page_size, 0).astype(np.int32)
         at = np.repeat(np.arange(num_rows), counts)
         positions = np.arange(shape.tokens, dtype=np.int32) - ends[at] + contexts[at]
         none, zeros = np.full(shape.tokens, -1, np.int32), np.zeros(shape.tokens, np.int32)
@@ -219,9 +223,10 @@ class StepRunner:
         arrays = StepArrays(*(np.concatenate([field] * groups) for field in fields))
         how = self._choose(kind, shape.tokens)
         if how == "whole":
-            _, last = self._run_whole(arrays)
+            sent = self._send(arrays)
+            _, last = self._run_whole(arrays, sent)
         else:
-            layout = StepLayout(tables, starts, contexts, none)
+            layout = StepLayout(tables[:live], starts[: live + 1], contexts[:live], none)
             _, last = self._run_flat([FlatStep(zeros, positions, layout)] * groups, arrays.last, eager=how == "eager")
         for features in (PickFeatures(), PickFeatures(greedy=False, truncated=True)):
             parameters = pick_parameters([StepPlan()] * groups, num_rows, self._model.vocab_size, ())
@@ -252,8 +257,15 @@ class StepRunner:
 
     def reset_rows(self) -> None:
         """Forgets all rows, after a failed step may have consumed them."""
-        self._state = self._place(empty_rows(self.num_slots * self._groups, self._model.vocab_size))
+        self._state = self._empty_state()
         self._parameters = None
+
+    def _empty_state(self) -> RowState:
+        state = empty_rows(self.num_slots * self._groups, self._model.vocab_size)
+        if self._steps.ranks is not None:
+            return self._place(state)
+        # committed to the device, as it comes back from steps: else the first steps compile twice
+        return jax.device_put(state, self._leaves[0].sharding)
 
     def _edit(self, edits: list[list[tuple[int, int]]]) -> None:
         size = bucket(max(map(len, edits)), _EDITED_PAGES)
@@ -283,10 +295,18 @@ class StepRunner:
         flat = self._place((slots.reshape(-1), prompt.reshape(-1), output.reshape(-1)))
         self._state = self._steps.begin_row(self._state, *flat)
 
-    def _run_whole(self, arrays: StepArrays) -> tuple[Float[Array, "T H"], Float[Array, "R H"]]:
-        """(hidden states, those of each row's last token)."""
-        batch: Any = Batch(arrays.block_tables, arrays.query_starts, arrays.kv_lens)  # type: ignore[arg-type]
-        given: Any = (arrays.tokens, arrays.sources, arrays.positions, arrays.slots, batch, arrays.last)
+    def _send(self, arrays: StepArrays) -> StepArrays:
+        """The arrays on one device in one transfer; ranks place their own."""
+        if self._steps.ranks is not None:
+            return arrays
+        names = [field.name for field in dataclasses.fields(arrays)]
+        sent: Any = send_together([getattr(arrays, name) for name in names])
+        return StepArrays(*sent)
+
+    def _run_whole(self, arrays: StepArrays, sent: StepArrays) -> tuple[Float[Array, "T H"], Float[Array, "R H"]]:
+        """(hidden states, those of each row's last token); `sent` are the arrays as `_send` gives them."""
+        batch: Any = Batch(sent.block_tables, sent.query_starts, sent.kv_lens)  # type: ignore[arg-type]
+        given: Any = (sent.tokens, sent.sources, sent.positions, sent.slots, batch, sent.last)
         step = self._place(StepInputs(*given))
         with self.pool.borrow() as lent:
             self._check_pages(arrays)
@@ -311,7 +331,7 @@ class StepRunner:
         steps = []
         for group, plan in enumerate(plans):
             rows, total = len(plan.rows), plan.num_tokens
-            counts = np.array([row.count for row in plan.rows], np.int32)
+            counts = np.array([row.num_tokens for row in plan.rows], np.int32)
             layout = step_layout(tables[group, :rows], counts, kv_lens[group, :rows], self._page_size)
             steps.append(FlatStep(tokens[group, :total], positions[group, :total], layout))
         return self._run_flat(steps, arrays.last, eager=eager)
@@ -361,14 +381,14 @@ class StepRunner:
         for group, plan in enumerate(plans):
             end = 0
             for row in plan.rows:
-                end += row.count
+                end += row.num_tokens
                 asked = row.sequence.params.prompt_logprobs
-                last = min(row.start + row.count, row.sequence.num_prompt - 1)
+                last = min(row.start + row.num_tokens, row.sequence.num_prompt - 1)
                 if asked is None or row.start >= last:
                     continue
                 for first in range(row.start, last, _SCORED_ROWS):
                     count = min(_SCORED_ROWS, last - first)
-                    found.append(self._score(group, row, first, count, end - row.count, hidden, bucket(asked)))
+                    found.append(self._score(group, row, first, count, end - row.num_tokens, hidden, bucket(asked)))
         return tuple(found)
 
     def _score(

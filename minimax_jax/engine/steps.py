@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from minimax_jax.attention import TracedAttend
+from minimax_jax.attention import PagedAttention, TracedAttend
 from minimax_jax.buckets import buckets_up_to
 from minimax_jax.cache import PagedCaches
 from minimax_jax.config import MiniMaxM3Config
@@ -127,11 +127,20 @@ class Steps:
         """Prompts and mixed steps as segments; built when first asked for."""
         return self.segments(buckets_up_to(MAX_PREFILL_TOKENS, LEAST_BUCKET))
 
-    def segments(self, buckets: tuple[int, ...]) -> SegmentedPrefill:
-        """The same, for buckets of one's own."""
-        return SegmentedPrefill(
-            self._config, self._graphdef, self._names, max_tokens=buckets[-1], buckets=buckets, ranks=self.ranks
+    def segments(
+        self,
+        buckets: tuple[int, ...],
+        request_buckets: tuple[int, ...] | None = None,
+        page_buckets: tuple[int, ...] | None = None,
+    ) -> SegmentedPrefill:
+        """The same, for buckets of one's own, of attention too (see `PagedAttention`)."""
+        attention = PagedAttention(
+            self._config, ranks=self.ranks, request_buckets=request_buckets, page_buckets=page_buckets
         )
+        return SegmentedPrefill(
+            self._config, self._graphdef, self._names,
+            max_tokens=buckets[-1], buckets=buckets, attention=attention, ranks=self.ranks,
+        )  # fmt: skip
 
     def _take_rows(self) -> Callable[[Array, Array], Array]:
         """A function of its own, so that what was compiled for it goes with it."""

@@ -2,5 +2,6 @@
 
 from minimax_jax.model.comm import SINGLE_DEVICE, Comm
 from minimax_jax.model.minimax_m3 import MiniMaxM3, abstract_model, merge_model, split_model
+from minimax_jax.model.record import ForwardRecord
 
-__all__ = ["SINGLE_DEVICE", "Comm", "MiniMaxM3", "abstract_model", "merge_model", "split_model"]
+__all__ = ["SINGLE_DEVICE", "Comm", "ForwardRecord", "MiniMaxM3", "abstract_model", "merge_model", "split_model"]

@@ -15,6 +15,7 @@ from minimax_jax.model.linear import linear, normal_init
 from minimax_jax.model.mlp import MLP
 from minimax_jax.model.moe import MoE
 from minimax_jax.model.norm import RMSNorm
+from minimax_jax.model.record import ForwardRecord
 from minimax_jax.model.rope import RopeTables, rope_tables
 
 
@@ -30,10 +31,12 @@ class DecoderLayer(nnx.Module):
         else:
             self.mlp = MLP(config, config.dense_intermediate_size, dtype, rngs)
 
-    def __call__(self, x: Float[Array, "T H"], rope: RopeTables, attend: Attend, comm: Comm) -> Float[Array, "T H"]:
+    def __call__(
+        self, x: Float[Array, "T H"], rope: RopeTables, attend: Attend, comm: Comm, record: ForwardRecord | None = None
+    ) -> Float[Array, "T H"]:
         x = x + comm.sum_tensor(self.self_attn(self.input_layernorm(x), rope, attend))
         normed = self.post_attention_layernorm(x)
-        update = self.mlp(normed, comm) if isinstance(self.mlp, MoE) else self.mlp(normed)
+        update = self.mlp(normed, comm, record) if isinstance(self.mlp, MoE) else self.mlp(normed)
         return x + comm.sum_mlp(update)
 
 
@@ -58,12 +61,21 @@ class MiniMaxM3(nnx.Module):
         return comm.lookup(self.embed_tokens[...], input_ids)
 
     def run_layers(
-        self, hidden: Float[Array, "T H"], positions: Int[Array, "T"], attend: Attend, comm: Comm = SINGLE_DEVICE
+        self,
+        hidden: Float[Array, "T H"],
+        positions: Int[Array, "T"],
+        attend: Attend,
+        comm: Comm = SINGLE_DEVICE,
+        record: ForwardRecord | None = None,
     ) -> Float[Array, "T H"]:
-        """All decoder layers; `positions` count from 0 in each request."""
+        """All decoder layers; `positions` count from 0 in each request. `record` is filled on the way."""
         rope = rope_tables(positions, self.config.rope_theta, self.config.rotary_dim)
         for layer in self.layers:
-            hidden = layer(hidden, rope, attend, comm)
+            if record is not None:
+                record.hidden_states.append(hidden)
+            hidden = layer(hidden, rope, attend, comm, record)
+        if record is not None:
+            record.hidden_states.append(hidden)
         return hidden
 
     def rank_logits(self, hidden: Float[Array, "T H"]) -> Float[Array, "T V"]:

@@ -12,6 +12,7 @@ from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.model.comm import Comm
 from minimax_jax.model.linear import linear, normal_init
 from minimax_jax.model.mlp import MLP, swigluoai
+from minimax_jax.model.record import ForwardRecord
 from minimax_kernels import grouped_matmul
 
 
@@ -24,12 +25,20 @@ class Router(nnx.Module):
         self.e_score_correction_bias = nnx.Param(jnp.zeros((config.num_local_experts,), jnp.float32))
         self.config = config
 
+    def logits(self, x: Float[Array, "T H"]) -> Float[Array, "T E"]:
+        """Each token's logits for all experts."""
+        return linear(x.astype(jnp.float32), self.weight[...])
+
     def __call__(self, x: Float[Array, "T H"]) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
         """Expert ids and their weights: sigmoid scores, renormalised, times `routed_scaling_factor`.
 
         The correction bias takes part in the choice only (`use_routing_bias`).
         """
-        scores = jax.nn.sigmoid(linear(x.astype(jnp.float32), self.weight[...]))
+        return self.choose(self.logits(x))
+
+    def choose(self, logits: Float[Array, "T E"]) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
+        """The same from logits."""
+        scores = jax.nn.sigmoid(logits)
         _, expert_ids = jax.lax.top_k(scores + self.e_score_correction_bias[...], self.config.num_experts_per_tok)
         chosen = jnp.take_along_axis(scores, expert_ids, axis=-1)
         weights = chosen / chosen.sum(axis=-1, keepdims=True) * self.config.routed_scaling_factor
@@ -73,7 +82,10 @@ class MoE(nnx.Module):
         self.shared_experts = MLP(config, config.shared_intermediate_size, dtype, rngs)
         self.layer_id = layer_id
 
-    def __call__(self, x: Float[Array, "T H"], comm: Comm) -> Float[Array, "T H"]:
-        expert_ids, weights = comm.route(self.layer_id, *self.gate(x))
+    def __call__(self, x: Float[Array, "T H"], comm: Comm, record: ForwardRecord | None = None) -> Float[Array, "T H"]:
+        logits = self.gate.logits(x)
+        if record is not None:
+            record.router_logits.append(logits)
+        expert_ids, weights = comm.route(self.layer_id, *self.gate.choose(logits))
         routed = comm.combine(self.experts(*comm.dispatch(x, expert_ids, weights)))
         return routed + self.shared_experts(x)

@@ -48,15 +48,19 @@ def test_bad_requests_end_with_their_error_and_no_other(llm):
     good = [clean_prompt(20, 1), clean_prompt(33, 2)]
     expected = [tokens(output) for output in llm.generate(good, GREEDY)]
     bad = [[1] * 512, [], [1, VOCAB], [1, -1], clean_prompt(40, 3)]
-    params = [GREEDY] * 6 + [SamplingParams(logit_bias={VOCAB: 1.0})]
+    params = [GREEDY] * 6 + [SamplingParams(logit_bias={VOCAB: 1.0}), GREEDY]
     bad[4][7] = POISON
-    with pytest.warns(UserWarning, match="5 of 7 requests failed, the first: the prompt has 512 tokens"):
-        outputs = llm.generate([good[0], *bad[:4], good[1], clean_prompt(5, 4)], params)
+    with pytest.warns(UserWarning, match="6 of 8 requests failed, the first: the prompt has 512 tokens"):
+        outputs = llm.generate([good[0], *bad[:4], good[1], clean_prompt(5, 4), [0.5]], params)
     assert [tokens(outputs[0]), tokens(outputs[5])] == expected
     messages = [str(output.error) for output in outputs]
     assert "must be at most 511" in messages[1] and "the prompt is empty" in messages[2]
     assert f"prompt[1] = {VOCAB}: must be a token id within 0..{VOCAB - 1}" in messages[3]
-    assert "prompt[1] = -1" in messages[4] and f"logit_bias has token id {VOCAB}" in messages[6]
+    assert (
+        "a text or a list of token ids" in messages[7]
+        and "prompt[1] = -1" in messages[4]
+        and f"logit_bias has token id {VOCAB}" in messages[6]
+    )
     assert all(output.finished for output in outputs)
     check_nothing_left(llm)
 

@@ -10,7 +10,9 @@ from serving import small_llm
 from small_models import random_prompt, small_model
 
 from minimax_jax import LLM, SamplingParams
+from minimax_jax.engine.build import _batch_sizes, _wide_tables
 from minimax_jax.engine.sequence_text import SequenceText
+from minimax_jax.engine.step_runner import RunnerConfig
 from minimax_jax.tokenizer import Tokenizer
 
 
@@ -213,3 +215,33 @@ def test_answers_end_where_the_room_does(model):
     with small_llm(model, max_seq_len=64) as small:
         output = small.generate([random_prompt(60)], SamplingParams(max_tokens=None, ignore_eos=True))[0]
         assert len(output.outputs[0].token_ids) == 4 and output.outputs[0].finish_reason == "length"
+
+
+def test_the_next_step_is_launched_before_the_last_ones_tokens_are_read(llm, monkeypatch):
+    runner, events = llm._core.runner, []
+    launch, fetch = runner.launch, runner.fetch
+
+    def launching(plans):
+        step = launch(plans)
+        events.append(("launch", id(step), step))
+        return step
+
+    def fetching(step):
+        events.append(("fetch", id(step), step))
+        return fetch(step)
+
+    monkeypatch.setattr(runner, "launch", launching)
+    monkeypatch.setattr(runner, "fetch", fetching)
+    llm.generate([random_prompt(9)], SamplingParams(temperature=0, max_tokens=5))
+    names = [name for name, _, _ in events]
+    assert names == ["launch", "launch", "fetch", "launch", "fetch", "launch", "fetch", "launch", "fetch", "fetch"]
+    order = [number for _, number, _ in events]
+    assert order[0] == order[2] and order[1] == order[4]  # one step late
+
+
+def test_few_shapes_are_compiled():
+    config = RunnerConfig(48, batch_sizes=_batch_sizes(48), token_buckets=(64, 256), page_buckets=_wide_tables(100))
+    assert config.batch_sizes == (1, 2, 4, 8, 16, 32, 48) and config.page_buckets == (8, 32, 100)
+    assert [config.mixed_rows(n) for n in (1, 8, 9, 48)] == [8, 8, 48, 48]
+    assert (config.rows(9), config.tokens(65), config.pages(33)) == (16, 256, 100)
+    assert _batch_sizes(1) == (1,) and _wide_tables(5) == (5,)

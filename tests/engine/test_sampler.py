@@ -1,12 +1,13 @@
 """The sampler against its definition."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minimax_jax.engine.sampler import _kept, pick_tokens, sampling_state
+from minimax_jax.engine.sampler import SamplingState, _kept, pick_tokens, sampling_state
 
 VOCAB = 12
 
@@ -64,3 +65,32 @@ def test_top_p_one_and_top_k_off_change_no_draw():
     plain = pick_tokens(logits, positions, state, greedy=False, truncated=False)
     sorted_path = pick_tokens(logits, positions, state, greedy=False, truncated=True)
     assert plain.tolist() == sorted_path.tolist()
+
+
+def test_rows_of_one_batch_keep_to_their_own_parameters():
+    """Greedy, hot, cut and seeded rows together draw what each draws alone."""
+    random = np.random.default_rng(4)
+    logits = jnp.asarray(random.normal(size=(6, VOCAB)), jnp.float32)
+    state = SamplingState(
+        temperature=jnp.array([0, 0.7, 1.5, 1, 1, 3], jnp.float32),
+        top_p=jnp.array([1, 1, 0.5, 1, 0.9, 1], jnp.float32),
+        min_p=jnp.array([0, 0, 0, 0.4, 0, 0], jnp.float32),
+        top_k=jnp.array([VOCAB, 3, VOCAB, VOCAB, 2, VOCAB], jnp.int32),
+        seeds=jnp.array([1, 2, 3, 4, 5, 2**32 - 1], jnp.uint32),
+        streams=jnp.array([0, 0, 1, 0, 7, 0], jnp.uint32),
+    )
+    for position in range(20):
+        positions = jnp.full(6, position)
+        together = pick_tokens(logits, positions, state, greedy=False, truncated=True)
+        for row in range(6):
+            own = jax.tree.map(lambda x, row=row: x[row : row + 1], state)
+            alone = pick_tokens(logits[row : row + 1], positions[:1], own, greedy=False, truncated=True)
+            assert alone[0] == together[row]
+        assert together[0] == logits[0].argmax() and together[1] in jnp.argsort(-logits[1])[:3]
+
+
+def test_min_p_keeps_tokens_that_are_likely_enough_beside_the_likeliest():
+    logits = jnp.log(jnp.array([[0.5, 0.26, 0.14, 0.1] + [1e-9] * 8]))
+    for least, kept in ((0.0, 12), (0.1, 4), (0.25, 3), (0.5, 2), (1.0, 1)):
+        mask = _kept(logits, jnp.int32(VOCAB), jnp.float32(1), jnp.float32(least))
+        assert mask.sum() == kept and mask[0, 0]

@@ -58,7 +58,7 @@ class PretendedEngine:
             if row.start:
                 prefix = self.content[table[(row.start - 1) // PAGE], (row.start - 1) % PAGE]
                 assert len(prefix) == row.start
-            for place in range(row.start, row.start + row.count):
+            for place in range(row.start, row.start + row.num_tokens):
                 known = place < row.sequence.num_known
                 prefix += (int(row.sequence.known[place]) if known else self.last[row.sequence.slot],)
                 assert self.scheduler.allocator.references(table[place // PAGE]) == 1
@@ -76,7 +76,7 @@ class PretendedEngine:
             if row.chooses:
                 sequence.append(token)
             if sequence.status is Status.RUNNING:
-                sequence.pages.register(sequence.known[: min(row.start + row.count, sequence.num_known)])
+                sequence.pages.register(sequence.known[: min(row.start + row.num_tokens, sequence.num_known)])
             if row.chooses and (token == sequence.end or len(sequence.output) == sequence.max_new):
                 self.scheduler.finish(sequence)
 
@@ -149,10 +149,10 @@ def test_single_tokens_go_before_prompts_and_all_fit_the_budget():
     engine.step()
     long = engine.add([1] * 14, 3, end=None)
     plan = engine.step()
-    assert [(row.sequence, row.start, row.count, row.chooses) for row in plan.rows] == [
+    assert [(row.sequence, row.start, row.num_tokens, row.chooses) for row in plan.rows] == [
         (first, 2, 1, True), (long, 0, 5, False),
     ]  # fmt: skip
-    assert [[row.count for row in engine.step().rows] for _ in range(3)] == [[1, 5], [1, 4], [1, 1]]
+    assert [[row.num_tokens for row in engine.step().rows] for _ in range(3)] == [[1, 5], [1, 4], [1, 1]]
 
 
 def test_the_oldest_is_never_preempted_and_the_youngest_first():

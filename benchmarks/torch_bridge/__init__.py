@@ -1,0 +1,1 @@
+"""What scripts/check_torch_gpu.py proves and times of the torch bridge."""

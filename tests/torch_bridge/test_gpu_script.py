@@ -1,0 +1,30 @@
+"""The parts of scripts/check_torch_gpu.py, at toy sizes on the CPU."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from benchmarks.torch_bridge import memory_checks, transformers_checks  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def test_addresses_and_streams():
+    assert memory_checks.addresses(CPU, small=True)["ok"]
+    found = memory_checks.streams(CPU, small=True)
+    assert found["ok"] and found["wrong"].keys() >= {"read too early", "read after a later write"}
+
+
+def test_logits_of_every_implementation():
+    found = transformers_checks.logits(CPU, small=True)
+    assert found["ok"] and found["errors"].keys() == set(transformers_checks.IMPLEMENTATIONS)
+
+
+def test_a_wrong_result_is_no_pass(monkeypatch):
+    """The checks can fail: a kernel that is off by a little is found."""
+    msa = memory_checks.msa
+    calls = iter(range(10**6))
+    monkeypatch.setattr(memory_checks, "msa", lambda *args, **kwargs: msa(*args, **kwargs) + 1e-3 * (next(calls) == 8))
+    found = memory_checks.streams(CPU, small=True)
+    assert not found["ok"] and sum(found["wrong"].values()) == 2  # of one call, read early and late
