@@ -40,6 +40,11 @@ def add_parallel(parser: argparse.ArgumentParser) -> None:
         help="groups of --tp ranks, each with requests of its own (default: 1)",
     )
     add(
+        "--split-index-keys",
+        action="store_true",
+        help="ranks of a group keep and score a part of the index keys each; the same tokens (default: off)",
+    )
+    add(
         "--cpu-devices",
         type=integer(1),
         metavar="N",
@@ -86,7 +91,7 @@ def parallel_config(args: argparse.Namespace) -> ParallelConfig:
     expert = args.ep
     if expert is None:
         expert = args.tp * args.attention_dp if args.attention_dp > 1 else 1
-    return ParallelConfig(args.tp, expert, args.attention_dp)
+    return ParallelConfig(args.tp, expert, args.attention_dp, split_index_keys=args.split_index_keys)
 
 
 @contextmanager

@@ -78,16 +78,20 @@ def active_parameters(config: MiniMaxM3Config) -> dict[str, int]:
     return counts
 
 
-def cache_bytes_per_token(config: MiniMaxM3Config, num_key_value_heads: int | None = None, itemsize: int = 2) -> int:
+def cache_bytes_per_token(
+    config: MiniMaxM3Config, num_key_value_heads: int | None = None, itemsize: int = 2, index_ranks: int = 1
+) -> int:
     """Bytes that one token of context takes in the caches of all layers: keys, values and index keys.
 
     Args:
-      num_key_value_heads: of one rank; None for all. Index keys are replicated on every rank.
+      num_key_value_heads: of one rank; None for all.
       itemsize: bytes of a cached value.
+      index_ranks: ranks over which index keys are split; by default every rank has them all.
     """
     heads = config.num_key_value_heads if num_key_value_heads is None else num_key_value_heads
     sparse_layers = sum(config.is_sparse(i) for i in range(config.num_hidden_layers))
-    return (2 * config.num_hidden_layers * heads * config.head_dim + sparse_layers * config.index_head_dim) * itemsize
+    index = sparse_layers * config.index_head_dim * itemsize
+    return 2 * config.num_hidden_layers * heads * config.head_dim * itemsize + index // index_ranks
 
 
 def _tensors(c: MiniMaxM3Config) -> Iterator[tuple[str, TensorSpec, bool]]:

@@ -30,7 +30,7 @@ FORBIDDEN = {
     ],
     "minimax_jax.attention": ["minimax_jax.engine"],
     "minimax_jax.cache": ["minimax_jax.engine", "minimax_jax.attention", "minimax_jax.model"],
-    "minimax_jax.parallel": ["minimax_jax.engine"],
+    "minimax_jax.parallel": ["minimax_jax.engine", "minimax_jax.attention"],
     "minimax_jax.checkpoint": ["minimax_jax.engine", "minimax_jax.attention", "minimax_jax.cache"],
     "minimax_jax.engine": ["minimax_jax.cli"],
 }

@@ -122,7 +122,7 @@ class RankModel:
         """What a whole step takes; tables and slots as the boundary's, padding included."""
         runtime = self.attention.step(self.pool, step.layout)
         count = len(step.tokens)
-        tokens, positions = runtime.send(count, step.tokens, step.positions)
+        tokens, positions = runtime.send(count, [step.tokens], [step.positions])
         return self.leaves, self.pool.caches, tokens, positions, *runtime.on_device(count)
 
 

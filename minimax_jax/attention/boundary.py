@@ -33,12 +33,13 @@ def attention_boundary(
 ) -> Float[Array, "T Hq*D"]:
     """Writes the step's keys and values to the pools in `call.runtime` and attends; caches are no operands.
 
-    Only the live rows, which the runtime's batch knows, are read and written.
+    Only the live rows, which the runtime's batch knows, are read and written. Over ranks, every operand is
+    [ranks, *shape on one rank]; data ranks may have fewer live rows than the call.
     """
     runtime = call.runtime
     if not isinstance(runtime, StepRuntime):
         raise TypeError(f"runtime is {type(runtime).__name__}: must be a StepRuntime (`PagedAttention.step`)")
-    tokens = runtime.layout.num_tokens
+    tokens = runtime.num_tokens
     if call.size is not None and tokens != call.live:
         raise ValueError(f"runtime has {tokens} tokens: must be {call.live}, as the call")
     if call.live is not None and tokens > call.live:  # under plain jax.jit the caller may have padded

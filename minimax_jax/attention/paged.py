@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from minimax_jax.config import MiniMaxM3Config
-from minimax_kernels import Batch, dense_attention, msa
+from minimax_jax.parallel import IndexSplit
+from minimax_kernels import Batch, dense_attention, msa, sparse_attention, write_index
 
 
 def attend_paged(
@@ -14,33 +18,49 @@ def attend_paged(
     k_cache: Float[Array, "P Hkv B D"],
     v_cache: Float[Array, "P Hkv B D"],
     idx_q: Float[Array, "T Hi Di"] | None,
-    index_cache: Float[Array, "P B Di"] | None,
+    index_cache: Float[Array, "P Bi Di"] | None,
     batch: Batch,
     *,
+    index_split: IndexSplit | None = None,
     out: Float[Array, "T Hq D"] | None = None,
     impl: str | None = None,
 ) -> Float[Array, "T Hq*D"]:
     """Block-sparse attention where there is an index branch, dense attention where there is none.
 
     Args:
+      index_cache: of B keys a page, or with `index_split` this rank's share of them.
+      index_split: what shares out the index keys; None where every rank has them all.
       out: buffer for the result; rows without a token keep what they hold.
     """
     scale = config.head_dim**-0.5
     if idx_q is None or index_cache is None:
         attended = dense_attention(q, k_cache, v_cache, batch, scale=scale, out=out, impl=impl)
-    else:
+        return attended.reshape(q.shape[0], -1)
+    options: dict[str, Any] = {
+        "topk": config.index_topk_blocks,
+        "init_blocks": config.index_init_blocks,
+        "local_blocks": config.index_local_blocks,
+    }
+    if index_split is None:
         attended = msa(
-            q,
-            k_cache,
-            v_cache,
-            idx_q,
-            index_cache,
-            batch,
-            scale=scale,
-            topk=config.index_topk_blocks,
-            init_blocks=config.index_init_blocks,
-            local_blocks=config.index_local_blocks,
-            out=out,
-            impl=impl,
-        )
+            q, k_cache, v_cache, idx_q, index_cache, batch, scale=scale, **options, out=out, impl=impl
+        )  # fmt: skip
+    else:
+        selected = index_split.select(idx_q, index_cache, batch, **options, impl=impl)
+        selected = jnp.repeat(selected, max(1, k_cache.shape[1] // idx_q.shape[1]), axis=0)  # for each KV head
+        attended = sparse_attention(q, k_cache, v_cache, selected, batch, scale=scale, out=out, impl=impl)
     return attended.reshape(q.shape[0], -1)
+
+
+def write_index_keys(
+    index_cache: Float[Array, "P Bi Di"],
+    idx_k: Float[Array, "T 1 Di"],
+    slots: Int[Array, "T"],
+    index_split: IndexSplit | None,
+    *,
+    impl: str | None = None,
+) -> Float[Array, "P Bi Di"]:
+    """The new tokens' index keys in their pages, in place; with `index_split` only this rank's."""
+    if index_split is None:
+        return write_index(index_cache, idx_k, slots, impl=impl)
+    return index_split.write(index_cache, idx_k, slots, impl=impl)

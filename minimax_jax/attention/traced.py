@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
-from minimax_jax.attention.paged import attend_paged
+from minimax_jax.attention.paged import attend_paged, write_index_keys
 from minimax_jax.cache.pages import PagedCaches
 from minimax_jax.config import MiniMaxM3Config
-from minimax_kernels import Batch, write_index, write_kv
+from minimax_jax.parallel import IndexSplit
+from minimax_kernels import Batch, write_kv
 
 
 class TracedAttend:
@@ -19,6 +20,7 @@ class TracedAttend:
       caches: the pools that the step was given.
       batch: the requests of the step.
       slots: [T] page * B + offset of each token, -1 for padding rows.
+      index_split: what shares out the index keys, of which the caches then hold this rank's; None for nothing.
       impl: which kernels to use, None for the best.
     """
 
@@ -29,9 +31,11 @@ class TracedAttend:
         batch: Batch,
         slots: Int[Array, "T"],
         *,
+        index_split: IndexSplit | None = None,
         impl: str | None = None,
     ):
         self.config, self.batch, self.slots, self.impl = config, batch, slots, impl
+        self.index_split = index_split
         self._k, self._v, self._index = list(caches.k), list(caches.v), list(caches.index)
 
     def __call__(
@@ -47,9 +51,12 @@ class TracedAttend:
         self._k[layer_id], self._v[layer_id] = k_cache, v_cache
         index_cache = self._index[layer_id]
         if index_cache is not None and idx_k is not None:
-            index_cache = write_index(index_cache, idx_k, self.slots, impl=self.impl)
+            index_cache = write_index_keys(index_cache, idx_k, self.slots, self.index_split, impl=self.impl)
             self._index[layer_id] = index_cache
-        return attend_paged(self.config, q, k_cache, v_cache, idx_q, index_cache, self.batch, impl=self.impl)
+        return attend_paged(
+            self.config, q, k_cache, v_cache, idx_q, index_cache, self.batch,
+            index_split=self.index_split, impl=self.impl,
+        )  # fmt: skip
 
     def caches(self) -> PagedCaches:
         """The pools after the layers that have run."""

@@ -76,8 +76,9 @@ def build_core(
         )
     device = leaves[0].addressable_shards[0].device
     itemsize = jax.numpy.dtype(dtype).itemsize
-    local = config if steps.ranks is None else steps.ranks.layout.local_config
-    page_bytes = page_size * cache_bytes_per_token(local, itemsize=itemsize)
+    layout = None if steps.ranks is None else steps.ranks.layout
+    local, index_ranks = (config, 1) if layout is None else (layout.local_config, layout.index_ranks)
+    page_bytes = page_size * cache_bytes_per_token(local, itemsize=itemsize, index_ranks=index_ranks)
     most = None if cache.max_tokens is None else max(1, cache.max_tokens // page_size)
     measured = device.memory_stats() is not None
     width = -(-limits.max_seq_len // page_size)
@@ -102,7 +103,7 @@ def build_core(
         ),
         end_ids=end_ids,
         max_pages=width,
-        segmented=steps.segments(buckets, (limits.max_batch_size,), page_buckets) if steps.ranks is None else None,
+        segmented=steps.segments(buckets, (limits.max_batch_size,), page_buckets),
     )
 
     def run_largest() -> None:

@@ -1,4 +1,4 @@
-"""Prefill and mixed steps as segments: the layers through `segmented_jit`."""
+"""The layers of prefill and mixed steps as segments, through `segmented_jit`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from minimax_jax.attention import ATTENTION, BoundaryAttend, PagedAttention, Ste
 from minimax_jax.buckets import buckets_up_to
 from minimax_jax.cache import PagePool
 from minimax_jax.config import MiniMaxM3Config
-from minimax_jax.model import merge_model
+from minimax_jax.model import SINGLE_DEVICE, merge_model
+from minimax_jax.parallel import Ranks
 from minimax_jax.segmented import segmented_jit
 
 LEAST_BUCKET = 16
@@ -52,18 +53,26 @@ class SegmentedPrefill:
         max_tokens: int,
         buckets: Sequence[int] | None = None,
         attention: PagedAttention | None = None,
+        ranks: Ranks | None = None,
         compiler_options: Mapping[str, Any] | None = None,
         dump_to: str | Path | None = None,
     ):
         """
         Args:
+          config, graphdef: of the whole model, or with `ranks` of one rank.
           max_tokens: of one step, the largest bucket; steps above it run at their exact size.
           buckets: of tokens; None for powers of two and three quarters of these.
-          attention: the executables behind the boundary; None for ones with the best kernels.
+          attention: the executables behind the boundary, over the same ranks; None for ones with the best kernels.
+          ranks: what the model is spread over, None for one device.
           compiler_options, dump_to: as `segmented_jit` takes them.
         """
         self._config, self._graphdef, self._names = config, graphdef, names
-        self.attention = PagedAttention(config) if attention is None else attention
+        self._groups, self._comm = (1, SINGLE_DEVICE) if ranks is None else (ranks.groups, ranks.comm)
+        self.attention = PagedAttention(config, ranks=ranks) if attention is None else attention
+        over: dict[str, Any] = {}
+        if ranks is not None:
+            specs = (ranks.weight_specs(names), ranks.columns, ranks.columns)
+            over = {"mesh": ranks.mesh, "in_specs": specs, "out_specs": ranks.rows}
         self.layers = segmented_jit(
             self._layers,
             boundaries=(ATTENTION,),
@@ -71,26 +80,28 @@ class SegmentedPrefill:
             rows=(1, 2),
             compiler_options=compiler_options,
             dump_to=dump_to,
+            **over,
         )
 
     def run_layers(
-        self, leaves: list[Array], pool: PagePool, step: FlatStep, *, eager: bool = False
+        self, leaves: list[Array], pool: PagePool, *steps: FlatStep, eager: bool = False
     ) -> Float[Array, "T H"]:
-        """Runs one step; the pool's pages are written in place.
+        """Hidden states of one step, whose keys and values go to the pool's pages; those past its tokens are padding.
 
         Args:
+          steps: its tokens; with data ranks one for each, perhaps without any. So are the hidden states, of as many
+            rows for each.
           eager: at the step's exact size, without capture.
-
-        Returns:
-          Hidden states; rows past the step's tokens are padding.
 
         Raises:
           StaleCaptureError: if the pool was resized or released meanwhile.
+          ValueError: as `PagedAttention.step`.
         """
-        runtime = self.attention.step(pool, step.layout)
-        live = len(step.tokens)
+        runtime = self.attention.step(pool, *(step.layout for step in steps))
+        live = max(len(step.tokens) for step in steps)
         rows = live if eager else self.layers.padded_rows(live)
-        tokens, positions = runtime.send(rows, step.tokens, step.positions)
+        by_rank = [step.tokens for step in steps], [step.positions for step in steps]
+        tokens, positions = runtime.send(rows, *by_rank)
         if eager:
             return self.layers.eager(leaves, tokens, positions, runtime=runtime)
         return self.layers(leaves, tokens, positions, runtime=runtime, live=live)
@@ -123,7 +134,7 @@ class SegmentedPrefill:
             for _ in range(2 if first[tokens] == [rows, pages] else 1)
         ]
         for done, (tokens, requests, pages) in enumerate(steps, 1):
-            self.run_layers(leaves, pool, self._idle_step(tokens, requests, pages))
+            self.run_layers(leaves, pool, *[self._idle_step(tokens, requests, pages)] * self._groups)
             if report is not None:
                 report(done, len(steps))
 
@@ -155,9 +166,8 @@ class SegmentedPrefill:
         layout = dataclasses.replace(layout, slots=np.full(tokens, -1, np.int32))
         return FlatStep(np.zeros(tokens, np.int32), np.zeros(tokens, np.int32), layout)
 
-    def _model(self, leaves: list[Array]) -> Any:
-        return merge_model(self._graphdef, dict(zip(self._names, leaves, strict=True)))
-
-    def _layers(self, leaves: list[Array], tokens: Int[Array, "T"], positions: Int[Array, "T"]) -> Float[Array, "T H"]:
-        model = self._model(leaves)
-        return model.run_layers(model.embed(tokens), positions, BoundaryAttend())
+    def _layers(self, leaves: list[Array], tokens: Int[Array, "T ..."], positions: Int[Array, "T ..."]) -> Array:
+        """Hidden states [T, H]; over ranks, one rank's, whose tokens come as a column."""
+        tokens, positions = tokens.reshape(-1), positions.reshape(-1)
+        model = merge_model(self._graphdef, dict(zip(self._names, leaves, strict=True)))
+        return model.run_layers(model.embed(tokens, self._comm), positions, BoundaryAttend(), self._comm)

@@ -137,9 +137,6 @@ class StepRunner:
           end_ids: end-of-text tokens, which `min_tokens` keeps away.
           max_pages: of one sequence; None for all of the pool's.
           segmented: prompts as segments; None for those of `steps`.
-
-        Raises:
-          ValueError: if ranks are asked to run segments.
         """
         ranks = steps.ranks
         self.spans_processes = ranks is not None and jax.process_count() > 1
@@ -200,7 +197,7 @@ class StepRunner:
             hidden, last = self._run_whole(arrays, sent)
         else:
             sent = arrays
-            hidden, last = self._run_segments(plans[0], arrays, eager=how == "eager")
+            hidden, last = self._run_segments(plans, arrays, eager=how == "eager")
         tokens, logprobs = self._pick(sent, last, *self._pick_parameters(plans, shape.rows))
         scores = self._score_prompts(plans, shape, hidden)
         jax.tree.map(_start_copy, (tokens, logprobs, [score.scores for score in scores]))
@@ -232,8 +229,7 @@ class StepRunner:
             _, last = self._run_whole(arrays, sent)
         else:
             layout = StepLayout(tables[:live], starts[: live + 1], contexts[:live], none)
-            step = FlatStep(zeros, positions, layout)
-            _, last = self._run_flat(step, arrays.last, eager=how == "eager")
+            _, last = self._run_flat([FlatStep(zeros, positions, layout)] * groups, arrays.last, eager=how == "eager")
         for features in (PickFeatures(), PickFeatures(greedy=False, truncated=True)):
             parameters = pick_parameters([StepPlan()] * groups, num_rows, self._model.vocab_size, ())
             sampling, adjustments = self._place(parameters, keep=True)
@@ -327,25 +323,30 @@ class StepRunner:
             self._life = self.pool.epoch.value
 
     def _run_segments(
-        self, plan: StepPlan, arrays: StepArrays, *, eager: bool
+        self, plans: Rows[StepPlan], arrays: StepArrays, *, eager: bool
     ) -> tuple[Float[Array, "T H"], Float[Array, "R H"]]:
-        """Through segments, which pad for themselves: one data rank, all tokens known."""
-        rows, total = len(plan.rows), plan.num_tokens
+        """Through segments, which pad for themselves and want to know all tokens."""
         assert (arrays.sources < 0).all()
-        counts = np.array([row.num_tokens for row in plan.rows], np.int32)
-        tables, kv_lens = arrays.block_tables[:rows], arrays.kv_lens[:rows]
-        layout = step_layout(tables, counts, kv_lens, self._page_size)
-        step = FlatStep(arrays.tokens[:total], arrays.positions[:total], layout)
-        return self._run_flat(step, arrays.last, eager=eager)
+        groups = self._groups
+        tokens, positions, kv_lens = (x.reshape(groups, -1) for x in (arrays.tokens, arrays.positions, arrays.kv_lens))
+        tables = arrays.block_tables.reshape(groups, -1, arrays.block_tables.shape[1])
+        steps = []
+        for group, plan in enumerate(plans):
+            rows, total = len(plan.rows), plan.num_tokens
+            counts = np.array([row.num_tokens for row in plan.rows], np.int32)
+            layout = step_layout(tables[group, :rows], counts, kv_lens[group, :rows], self._page_size)
+            steps.append(FlatStep(tokens[group, :total], positions[group, :total], layout))
+        return self._run_flat(steps, arrays.last, eager=eager)
 
     def _run_flat(
-        self, step: FlatStep, last: Int[np.ndarray, "R"], *, eager: bool
+        self, steps: list[FlatStep], last: Int[np.ndarray, "R"], *, eager: bool
     ) -> tuple[Float[Array, "T H"], Float[Array, "R H"]]:
+        """One step, by data rank."""
         segments = self._steps.segmented if self._segmented is None else self._segmented
-        hidden = segments.run_layers(self._leaves, self.pool, step, eager=eager)
-        known = not eager and hidden.shape[0] in segments.layers.buckets
+        hidden = segments.run_layers(self._leaves, self.pool, *steps, eager=eager)
+        known = not eager and hidden.shape[0] // self._groups in segments.layers.buckets
         take = self._steps.take if known else self._steps.take_exact(hidden.shape[0])
-        return hidden, take(hidden, jnp.asarray(last))
+        return hidden, take(hidden, self._place(last))
 
     def _pick(
         self,

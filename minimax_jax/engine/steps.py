@@ -17,12 +17,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from minimax_jax.attention import PagedAttention, TracedAttend
+from minimax_jax.buckets import buckets_up_to
 from minimax_jax.cache import PagedCaches
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.engine.logprobs import TokenLogprobs, token_logprobs
 from minimax_jax.engine.row_state import Adjustments, RowState, adjust_logits, begin_row, record_tokens
 from minimax_jax.engine.sampler import SamplingState, pick_tokens
-from minimax_jax.engine.segmented_prefill import SegmentedPrefill
+from minimax_jax.engine.segmented_prefill import LEAST_BUCKET, SegmentedPrefill
 from minimax_jax.model import SINGLE_DEVICE, merge_model
 from minimax_jax.parallel import Ranks
 from minimax_jax.recent import RecentJits
@@ -118,13 +119,13 @@ class Steps:
         self.begin_row = jax.jit(self._begin_row, donate_argnums=(0,))
 
         self.pick = jax.jit(self._pick, donate_argnums=(1,), static_argnames="features")
-        self.take = jax.jit(_take)
-        self._exact_takes = RecentJits(lambda: (jax.jit(functools.partial(_take)),))
+        self.take = jax.jit(self._take_rows())
+        self._exact_takes = RecentJits(lambda: (jax.jit(self._take_rows()),))
 
     @functools.cached_property
     def segmented(self) -> SegmentedPrefill:
         """Prompts and mixed steps as segments; built when first asked for."""
-        return SegmentedPrefill(self._config, self._graphdef, self._names, max_tokens=MAX_PREFILL_TOKENS)
+        return self.segments(buckets_up_to(MAX_PREFILL_TOKENS, LEAST_BUCKET))
 
     def segments(
         self,
@@ -133,13 +134,20 @@ class Steps:
         page_buckets: tuple[int, ...] | None = None,
     ) -> SegmentedPrefill:
         """The same, for buckets of one's own, of attention too (see `PagedAttention`)."""
-        attention = PagedAttention(self._config, request_buckets=request_buckets, page_buckets=page_buckets)
-        return SegmentedPrefill(
-            self._config, self._graphdef, self._names, max_tokens=buckets[-1], buckets=buckets, attention=attention
+        attention = PagedAttention(
+            self._config, ranks=self.ranks, request_buckets=request_buckets, page_buckets=page_buckets
         )
+        return SegmentedPrefill(
+            self._config, self._graphdef, self._names,
+            max_tokens=buckets[-1], buckets=buckets, attention=attention, ranks=self.ranks,
+        )  # fmt: skip
+
+    def _take_rows(self) -> Callable[[Array, Array], Array]:
+        """A function of its own, so that what was compiled for it goes with it."""
+        return self._per_rank(functools.partial(_take), (self._rows, self._rows), self._rows)
 
     def take_exact(self, num_tokens: int) -> Callable[[Array, Array], Array]:
-        """`take` for hidden states of a size that may be one of endlessly many; the latest few are kept."""
+        """`take` for `num_tokens` hidden states, a size that may be one of endlessly many; the latest few are kept."""
         return self._exact_takes.get(num_tokens)[0]
 
     def _model(self, leaves: list[Array]):
@@ -179,7 +187,8 @@ class Steps:
     def _layers_rank(self, leaves, caches, last_tokens, step):
         model, comm = self._model(leaves), self._comm
         tokens = jnp.where(step.sources < 0, step.tokens, last_tokens[step.sources])
-        attend = TracedAttend(self._config, caches, step.batch, step.slots)
+        split = None if self.ranks is None else self.ranks.index_split
+        attend = TracedAttend(self._config, caches, step.batch, step.slots, index_split=split)
         hidden = model.run_layers(model.embed(tokens, comm), step.positions, attend, comm)
         return hidden, _take(hidden, step.last), attend.caches()
 

@@ -30,6 +30,9 @@ class ParallelConfig:
       tensor: ranks that share heads, vocabulary and MLP widths; 1, 2, 4 or 8.
       expert: ranks that routed experts are dealt to.
       attention_data: groups of ranks with requests of their own.
+      split_index_keys: whether ranks that share heads also share out the index keys, each scoring its part for all
+        heads; without it each has and scores all of them. Tokens are the same. Off by default: it costs two small
+        exchanges in each sparse layer, which long contexts win back and short ones do not.
 
     Raises:
       ParallelError: on construction, if the sizes do not fit each other; lists everything.
@@ -38,6 +41,7 @@ class ParallelConfig:
     tensor: int = 1
     expert: int = 1
     attention_data: int = 1
+    split_index_keys: bool = False
 
     def __post_init__(self) -> None:
         found = []
@@ -49,6 +53,9 @@ class ParallelConfig:
                 found.append(f"tensor = {value}: must be one of {', '.join(map(str, TENSOR_SIZES))}")
         if not found and self.expert % self.attention_data:
             found.append(f"expert = {self.expert}: must be a multiple of attention_data = {self.attention_data}")
+        split: object = self.split_index_keys
+        if not isinstance(split, bool):
+            found.append(f"split_index_keys = {split!r}: must be True or False")
         attention = self.tensor * self.attention_data if not found else 1
         if not found and self.expert % attention and attention % self.expert:
             found.append(
@@ -91,7 +98,8 @@ class ParallelConfig:
             heads = getattr(config, key)
             if heads % self.tensor and self.tensor % heads:
                 found.append(f"tensor = {self.tensor}: must be a divisor or a multiple of {key} = {heads}")
-        found += _dividing(config, "tensor", self.tensor, ("num_attention_heads",))
+        split = ("num_attention_heads", *(("index_block_size",) if self.split_index_keys else ()))
+        found += _dividing(config, "tensor", self.tensor, split)
         found += _dividing(config, "expert", self.expert, ("num_local_experts",))
         shared = ("vocab_size", "dense_intermediate_size", "shared_intermediate_size")
         found += _dividing(config, f"ranks with the same tokens ({' * '.join(TOKENS)})", self.size(TOKENS), shared)

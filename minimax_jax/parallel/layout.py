@@ -61,6 +61,7 @@ RULES = (
 )
 KV_CACHE = (Split(0, (DATA,)), Split(1, HEADS, heads="num_key_value_heads"))
 INDEX_CACHE = (Split(0, (DATA,)),)
+SPLIT_INDEX_CACHE = (Split(0, (DATA,)), Split(1, HEADS))  # the keys of a page, see `key_stripes`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,16 @@ class Layout:
     def experts_per_rank(self) -> int:
         """Routed experts that one rank holds (perhaps only a part of each one's width)."""
         return self.config.num_local_experts // self.parallel.expert
+
+    @property
+    def index_cache(self) -> tuple[Split, ...]:
+        """How the index caches are split."""
+        return SPLIT_INDEX_CACHE if self.parallel.split_index_keys else INDEX_CACHE
+
+    @property
+    def index_ranks(self) -> int:
+        """Ranks over which the index keys of a data group are split."""
+        return self.parallel.tensor if self.parallel.split_index_keys else 1
 
     def splits(self, name: str) -> tuple[Split, ...]:
         """How a state tensor is split, from `RULES`.

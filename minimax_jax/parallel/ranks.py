@@ -14,8 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from minimax_jax.cache import CachePlacement, PagedCaches
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.parallel.comm import MeshComm
-from minimax_jax.parallel.config import DATA, HEADS, TOKENS, ParallelConfig
-from minimax_jax.parallel.layout import INDEX_CACHE, KV_CACHE, Layout, Range, boxes, part_shape
+from minimax_jax.parallel.config import AXES, DATA, HEADS, TOKENS, ParallelConfig
+from minimax_jax.parallel.index_split import IndexSplit
+from minimax_jax.parallel.layout import KV_CACHE, Layout, Range, boxes, part_shape
 from minimax_jax.parallel.mesh import make_mesh
 
 
@@ -26,8 +27,11 @@ class Ranks:
       layout: who holds what.
       mesh: the devices; rank r is the r-th of them.
       comm: what model modules get inside `per_rank` functions.
+      index_split: what shares out index keys, None if every rank of a data group has them all.
       groups: data ranks, each with requests and pages of its own.
       rows: how arrays with the data ranks' rows one after the other are sharded.
+      columns: how [T, data ranks] is sharded, a column for each data rank.
+      carried: how [ranks, ...] is sharded, with what each rank has of its own.
       logits: how rows of logits are sharded that each rank keeps its part of the vocabulary of.
     """
 
@@ -43,8 +47,10 @@ class Ranks:
         self.layout = Layout(config, parallel)
         self.mesh = make_mesh(parallel, devices)
         self.comm = MeshComm(parallel, self.layout.experts_per_rank)
+        self.index_split = _index_split(config, parallel)
         self.groups = parallel.attention_data
-        self.rows = PartitionSpec(DATA)
+        self.rows, self.columns = PartitionSpec(DATA), PartitionSpec(None, DATA)
+        self.carried = PartitionSpec(AXES)
         self.logits = PartitionSpec(DATA, TOKENS)
 
     def global_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -59,7 +65,7 @@ class Ranks:
     def cache_specs(self) -> PagedCaches:
         """How caches are sharded, for `per_rank`."""
         kv: Any = self.layout.spec(KV_CACHE)
-        index: Any = self.layout.spec(INDEX_CACHE)
+        index: Any = self.layout.spec(self.layout.index_cache)
         return PagedCaches(kv, kv, index)
 
     @property
@@ -67,7 +73,7 @@ class Ranks:
         """What `PagePool` needs: every data rank has its own pages, ranks that share a head each have it."""
         return CachePlacement(
             kv=NamedSharding(self.mesh, self.layout.spec(KV_CACHE)),
-            index=NamedSharding(self.mesh, self.layout.spec(INDEX_CACHE)),
+            index=NamedSharding(self.mesh, self.layout.spec(self.layout.index_cache)),
             kv_heads=self.layout.local_config.num_key_value_heads * self.layout.parallel.size(HEADS),
             groups=self.groups,
         )
@@ -142,3 +148,10 @@ class Ranks:
         same numbers.
         """
         return jax.shard_map(fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _index_split(config: MiniMaxM3Config, parallel: ParallelConfig) -> IndexSplit | None:
+    axes = tuple(axis for axis in HEADS if parallel.axis_sizes[axis] > 1)
+    if not parallel.split_index_keys or not axes:
+        return None
+    return IndexSplit(axes, parallel.tensor, config.index_n_heads)

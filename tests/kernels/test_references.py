@@ -211,3 +211,10 @@ def test_nan_scores_are_selected_and_leave_the_forced_blocks():
     batch = mk.Batch(jnp.zeros((1, 5), jnp.int32), jnp.array([0, 1]), jnp.array([60]))
     selected = mk.select_blocks(scores, batch, topk=2)
     assert sorted(selected[0, 0].tolist()) == [1, 3]  # the NaN and the local block
+
+
+def test_zeros_of_both_signs_are_equal_scores():
+    scores = jnp.array([[[-0.0, 0.0, -1.0, 0.0, -0.0]]])
+    batch = mk.Batch(jnp.zeros((1, 5), jnp.int32), jnp.array([0, 1]), jnp.array([80]))
+    selected = mk.select_blocks(scores, batch, topk=3, local_blocks=0)
+    assert selected[0, 0].tolist() == [0, 1, 3]

@@ -62,14 +62,14 @@ def one_device(seed: int = 0, **changes) -> MiniMaxM3ForCausalLM:
 
 
 @functools.cache
-def over_ranks(sizes: tuple[int, int, int]) -> MiniMaxM3ForCausalLM:
+def over_ranks(sizes: tuple[int, int, int], **options) -> MiniMaxM3ForCausalLM:
     """`one_device()` over ranks; tests share it, and so what it has compiled."""
-    return spread(one_device(), sizes)
+    return spread(one_device(), sizes, **options)
 
 
-def spread(model: MiniMaxM3ForCausalLM, sizes: tuple[int, int, int]) -> MiniMaxM3ForCausalLM:
-    """The same weights over ranks."""
-    ranks = Ranks(model.config, ParallelConfig(*sizes))
+def spread(model: MiniMaxM3ForCausalLM, sizes: tuple[int, int, int], **options) -> MiniMaxM3ForCausalLM:
+    """The same weights over ranks; `options` are further ones of `ParallelConfig`."""
+    ranks = Ranks(model.config, ParallelConfig(*sizes, **options))
     state = {name: ranks.put(name, leaf) for name, leaf in model.state().items()}
     return MiniMaxM3ForCausalLM(model.config, state, ranks=ranks, generation_config=model.generation_config)
 

@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from parallel_models import LAYOUTS, OFTEN, cases, one_device, over_ranks, prompts
+from parallel_models import LAYOUTS, OFTEN, cases, name_of, one_device, over_ranks, prompts
 
 from minimax_jax import MiniMaxM3ForCausalLM
 from minimax_jax.attention import ReferenceAttend
+from minimax_jax.attention.paged import write_index_keys
 from minimax_jax.engine.generation import generate_tokens
 from minimax_jax.model import SINGLE_DEVICE, abstract_model, merge_model, split_model
 from minimax_jax.parallel import ParallelConfig
-from minimax_kernels import index_score, select_blocks, write_index
+from minimax_kernels import index_score, select_blocks
 
 LENGTHS = (70, 1, 33, 16, 50)  # of five requests: two data ranks of eight have none, and none fills its share
 NEW = 6
@@ -39,17 +40,22 @@ def test_logits_and_greedy_tokens_equal_one_devices(sizes, expected):
 class SelectionRecorder(ReferenceAttend):
     """Keeps the blocks that each index head selects, by layer."""
 
-    def __init__(self, *args):
+    def __init__(self, *args, index_split=None):
         super().__init__(*args)
-        self.selected = []
+        self.selected, self.index_split = [], index_split
 
     def __call__(self, layer_id, q, k, v, idx_q, idx_k):
         if idx_k is not None:
-            pages = jnp.zeros((self.num_pages, self.config.index_block_size, idx_k.shape[2]), idx_k.dtype)
-            pages = write_index(pages, idx_k, self.slots, impl="reference")
-            scores = index_score(idx_q, pages, self.batch, impl="reference")
+            ranks = 1 if self.index_split is None else self.index_split.size
+            pages = jnp.zeros((self.num_pages, self.config.index_block_size // ranks, idx_k.shape[2]), idx_k.dtype)
+            pages = write_index_keys(pages, idx_k, self.slots, self.index_split, impl="reference")
             topk = self.config.index_topk_blocks
-            self.selected.append(select_blocks(scores, self.batch, topk=topk, impl="reference"))
+            if self.index_split is None:
+                scores = index_score(idx_q, pages, self.batch, impl="reference")
+                selected = select_blocks(scores, self.batch, topk=topk, impl="reference")
+            else:
+                selected = self.index_split.select(idx_q, pages, self.batch, topk=topk, impl="reference")
+            self.selected.append(selected)
         return super().__call__(layer_id, q, k, v, idx_q, idx_k)
 
 
@@ -61,7 +67,8 @@ def selections(model, tokens):
     comm = SINGLE_DEVICE if ranks is None else ranks.comm
 
     def run(leaves, tokens):
-        attend = SelectionRecorder(config, jnp.array([0, count]), count)
+        split = None if ranks is None else ranks.index_split
+        attend = SelectionRecorder(config, jnp.array([0, count]), count, index_split=split)
         merged = merge_model(graphdef, dict(zip(model._names, leaves, strict=True)))
         merged.run_layers(merged.embed(tokens, comm), jnp.arange(count), attend, comm)
         return attend.selected
@@ -74,9 +81,17 @@ def selections(model, tokens):
 
 @pytest.mark.parametrize("sizes", cases(LAYOUTS, [(8, 1, 1), (2, 8, 4)]))
 def test_selected_blocks_are_the_same_in_every_layout(sizes):
+    assert_same_selections(over_ranks(sizes))
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (4, 8, 1), (2, 8, 4)], ids=name_of)
+def test_selected_blocks_are_the_same_where_ranks_share_out_index_keys(sizes):
+    assert_same_selections(over_ranks(sizes, split_index_keys=True))
+
+
+def assert_same_selections(parallel):
     tokens = prompts(200, seed=3)[0]
     expected = selections(one_device(), tokens)
-    parallel = over_ranks(sizes)
     layout = parallel.ranks.layout
     for whole, found in zip(expected, selections(parallel, tokens), strict=True):
         assert len(np.unique(whole[:, 100:], axis=0)) == 4  # the four heads select differently
@@ -122,8 +137,3 @@ def test_the_embedded_checkpoint_over_eight_ranks():
     tokens = one.generate(ids, max_new_tokens=4, do_sample=False)
     np.testing.assert_array_equal(model.generate(ids, max_new_tokens=4, do_sample=False), tokens)
     assert model.num_parameters() == one.num_parameters()
-
-
-def test_segments_over_ranks_are_refused():
-    with pytest.raises(ValueError, match="execution = 'segmented': must be 'whole' or 'auto'"):
-        over_ranks((2, 1, 1)).generate(prompts(5), max_new_tokens=1, execution="segmented")

@@ -22,6 +22,7 @@ def select_blocks(
     # NaN > +inf and forced > numbers, without a NaN: on GPUs XLA's top-k of 1024 values and more loses those
     most = jnp.finfo(scores.dtype).max
     ordered = jnp.where(jnp.isnan(scores), jnp.inf, jnp.minimum(scores, most))
+    ordered = jnp.where(ordered == 0, 0, ordered)  # top_k puts -0.0 below 0.0
     keys = jnp.where(forced, most, jnp.where(visible, ordered, -jnp.inf))
     best, ids = jax.lax.top_k(keys, min(topk, num_blocks))  # of equal scores the lower id comes first
     ids = jnp.where(best != -jnp.inf, ids, -1).astype(jnp.int32)
