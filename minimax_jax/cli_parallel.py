@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 OK = 0
 # what may differ between the processes of a run
 _OWN = ("process_id", "local_device_ids", "out", "run")
-_VERDICT = 3.0  # seconds; a peer's end makes steps fail, and may be known only after that
 
 
 def add_parallel(parser: argparse.ArgumentParser) -> None:
@@ -127,6 +126,8 @@ def joined(args: argparse.Namespace) -> Iterator[tuple[Processes, ParallelConfig
 
 @contextmanager
 def _ending_together(processes: Processes) -> Iterator[None]:
+    from minimax_jax.parallel.processes import VERDICT
+
     if processes.count == 1:
         yield
         return
@@ -137,7 +138,7 @@ def _ending_together(processes: Processes) -> Iterator[None]:
     except BaseException as error:  # noqa: BLE001 - whatever it is, the other processes wait for this one
         text, code = outcome(error)
         if code == BUG:  # perhaps only because another process is gone, and then this one ends in here
-            time.sleep(_VERDICT)
+            time.sleep(VERDICT)
         if processes.is_first:
             print(text, file=sys.stderr)
         processes.leave(text.strip().removeprefix("minimax-jax: error: "), code)

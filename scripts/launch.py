@@ -28,6 +28,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+LOST_PROCESS = 3  # how a process ends that has lost another one (minimax_jax/parallel/processes.py)
 POLL = 0.1
 
 
@@ -68,13 +69,17 @@ def arguments() -> argparse.Namespace:
     for name, least in (("processes", 1), ("nodes", 1), ("devices_per_process", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} = {getattr(args, name)}: must be at least {least}")
-    if args.devices_per_process is None and args.processes > 1 and "--cpu-devices" not in args.command:
+    if args.devices_per_process is None and args.processes > 1 and not _on_cpu(args.command):
         parser.error("--devices-per-process: must be given, or several processes of one host would take the same GPUs")
     if not 0 <= args.node < args.nodes:
         parser.error(f"--node = {args.node}: must be within 0..{args.nodes - 1}")
     if args.nodes > 1 and (args.hosts or not args.coordinator):
         parser.error("--nodes: must come with --coordinator and without --hosts")
     return args
+
+
+def _on_cpu(command: list[str]) -> bool:
+    return any(word.partition("=")[0] == "--cpu-devices" for word in command)
 
 
 def places(args: argparse.Namespace) -> list[Place]:
@@ -105,7 +110,16 @@ def command_of(place: Place, args: argparse.Namespace, coordinator: str) -> list
         command += ["--local-device-ids", ",".join(map(str, range(first, first + args.devices_per_process)))]
     if place.host is None:
         return command
-    return [*shlex.split(args.ssh), place.host, f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(command)}"]
+    here, tools = shlex.quote(str(Path.cwd())), shlex.quote(str(Path(sys.executable).parent))
+    run = f"exec {shlex.join(command)}" if place.process == 0 else _ENDED_WITH_INPUT.format(shlex.join(command))
+    return [*shlex.split(args.ssh), place.host, f"cd {here} && export PATH={tools}:$PATH && {{ {run}; }}"]
+
+
+# ssh ends no remote command: this one is killed when its input ends, as it does when ssh or this script is gone
+_ENDED_WITH_INPUT = (
+    "exec 3<&0; {} 3<&- </dev/null & run=$!; {{ cat <&3 >/dev/null; kill $run 2>/dev/null; }} & wait $run; code=$?; "
+    "kill $! 2>/dev/null; exit $code"
+)
 
 
 def end(running: list[subprocess.Popen], grace: float) -> None:
@@ -127,8 +141,8 @@ def watch(running: list[subprocess.Popen]) -> tuple[int, int] | None:
     while True:
         codes = [process.poll() for process in running]
         failed = [(number, code) for number, code in enumerate(codes) if code]
-        if failed:
-            return failed[0]
+        if failed:  # whoever ended because another one was lost is not the first
+            return min(failed, key=lambda found: found[1] == LOST_PROCESS)
         if None not in codes:
             return None
         time.sleep(POLL)
@@ -142,26 +156,39 @@ def main() -> int:
     # `minimax-jax` lies beside the Python that runs this, whether or not that is on the path
     environment = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
     running: list[subprocess.Popen] = []
+    failed, status = None, 0
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         for place in places(args):
             command = command_of(place, args, coordinator)
-            stdin = None if place.process == 0 else subprocess.DEVNULL
+            watched = place.host is not None and place.process != 0
+            stdin = None if place.process == 0 else subprocess.PIPE if watched else subprocess.DEVNULL
             running.append(subprocess.Popen(command, stdin=stdin, env=environment))
         failed = watch(running)
     except OSError as error:
         print(f"launch.py: error: {error}", file=sys.stderr)
-        end(running, args.grace)
-        return 2
-    except KeyboardInterrupt:  # the terminal has sent it to all processes
-        end(running, args.grace)
-        return 130
+        status = 2
+    except KeyboardInterrupt:  # the terminal has sent it to all processes of this host
+        status = 130
+    try:
+        if failed is not None or status:
+            end(running, args.grace)
+    except KeyboardInterrupt:  # a second time: at once
+        status = 130
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.kill()
     if failed is None:
-        return 0
+        return status
     number, code = failed
-    end(running, args.grace)
     shown = f"signal {-code}" if code < 0 else f"status {code}"
     print(f"launch.py: process {places(args)[number].process} ended first, with {shown}", file=sys.stderr)
     return 128 - code if code < 0 else code
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

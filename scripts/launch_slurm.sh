@@ -21,4 +21,4 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
 fi
 cd "${SLURM_SUBMIT_DIR:-.}"
 # JAX numbers a process's GPU by its place on the host, so every process must see all of the host's
-exec srun --kill-on-bad-exit=1 --gpu-bind=none .venv/bin/minimax-jax "$@" --distributed slurm
+exec srun --kill-on-bad-exit=1 --gpu-bind=none --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" .venv/bin/minimax-jax "$@" --distributed slurm

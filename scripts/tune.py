@@ -57,10 +57,13 @@ def main() -> int:
     record = {"machine": describe_machine(), "measured": measured}
     (args.out / "tune.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (args.out / TABLE.name).write_text(table_text(best), encoding="utf-8")
+    if not measured:
+        say("error: nothing was timed; give more time with --limit-s")
+        return 1
     if args.write:
         (ROOT / TABLE).write_text(table_text(best), encoding="utf-8")
     say(f"wrote {args.out}/tune.json and {args.out}/{TABLE.name}")
-    return 0
+    return 0 if sum(map(len, best.values())) == len({(shape.kind, shape.key) for shape in todo}) else 1
 
 
 if __name__ == "__main__":

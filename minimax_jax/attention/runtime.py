@@ -184,12 +184,15 @@ class StepRuntime:
         self._batch = tables.reshape(-1, width), starts.reshape(-1), kv_lens.reshape(-1)
         self._sent: dict[int, tuple[Int[Array, "T"], Batch]] = {}
 
-    def send(self, num_rows: int, *per_token: Sequence[Int[np.ndarray, "T"]]) -> list[Int[Array, "..."]]:
+    def send(
+        self, num_rows: int, *per_token: Sequence[Int[np.ndarray, "T"]], exact: bool = False
+    ) -> list[Int[Array, "..."]]:
         """Puts what a step needs on the device, in one transfer, `per_token` arrays included.
 
         Args:
           num_rows: a bucket's; rows past the live ones are zeros, and name no slot.
           per_token: values of the live tokens, by data rank.
+          exact: whether `num_rows` is no bucket's.
 
         Returns:
           `per_token`, each [num_rows], over ranks [num_rows, data ranks].
@@ -203,7 +206,7 @@ class StepRuntime:
             slots[group, : len(layout.slots)] = layout.slots
         ranks, rest = self.attention.ranks, (slots.reshape(-1), *self._batch)
         if ranks is None:
-            sent = send_together([*padded[:, :, 0], *rest])
+            sent = send_together([*padded[:, :, 0], *rest], exact=exact)
         else:
             specs = [ranks.columns] * len(padded) + [ranks.rows] * len(rest)
             sent = ranks.place([*padded, *rest], specs)

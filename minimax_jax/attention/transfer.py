@@ -12,8 +12,14 @@ import numpy as np
 from jaxtyping import Array, Int
 
 
-def send_together(arrays: Sequence[Int[np.ndarray, "..."]]) -> list[Int[Array, "..."]]:
-    """int32 arrays on JAX's default device; compiled once for each combination of shapes."""
+def send_together(arrays: Sequence[Int[np.ndarray, "..."]], *, exact: bool = False) -> list[Int[Array, "..."]]:
+    """int32 arrays on JAX's default device; what takes them apart is compiled once for each combination of shapes.
+
+    Args:
+      exact: whether the shapes may be endlessly many: nothing is compiled then, each array travels by itself.
+    """
+    if exact:
+        return jax.device_put(list(arrays))
     return _apart(np.concatenate([array.reshape(-1) for array in arrays]), tuple(array.shape for array in arrays))
 
 

@@ -101,7 +101,7 @@ class SegmentedPrefill:
         live = max(len(step.tokens) for step in steps)
         rows = live if eager else self.layers.padded_rows(live)
         by_rank = [step.tokens for step in steps], [step.positions for step in steps]
-        tokens, positions = runtime.send(rows, *by_rank)
+        tokens, positions = runtime.send(rows, *by_rank, exact=eager or rows > self.layers.buckets[-1])
         if eager:
             return self.layers.eager(leaves, tokens, positions, runtime=runtime)
         return self.layers(leaves, tokens, positions, runtime=runtime, live=live)

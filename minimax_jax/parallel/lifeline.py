@@ -20,6 +20,7 @@ from typing import Any
 
 INTERRUPTED = 130
 _BEATS = 5  # within a timeout
+_HELLO = 3.0  # seconds for a new connection to say who it is
 _INTERRUPT_GRACE = 2.0  # seconds; Ctrl-C mostly reaches all processes, which then end by themselves
 
 
@@ -129,7 +130,10 @@ class Lifeline:
         if self.index != 0:
             return self._shared.get()
         for link in self._links:
-            link.send(share=value)
+            try:
+                link.send(share=value)
+            except OSError as error:  # no broken pipe of an output: whoever listens ends this process
+                raise RuntimeError(f"process {link.process} on {link.host} is gone") from error
         return value
 
     def fail(self, ending: Ending) -> None:
@@ -169,10 +173,12 @@ class Lifeline:
                         "the hosts reach each other?"
                     ) from None
                 link = _Link(connection, -1, "", self._timeout)
-                hello: dict[str, Any] = {}
+                connection.settimeout(min(_HELLO, self._timeout))
+                hello: Any = None
                 with contextlib.suppress(OSError, ValueError):  # a stranger may say anything, or nothing
-                    hello = link.receive() or {}
-                if hello.get("token") != token:
+                    hello = link.receive()
+                connection.settimeout(self._timeout)
+                if not isinstance(hello, dict) or hello.get("token") != token:
                     link.close()
                     continue
                 link.process, link.host = hello["process"], hello["host"]

@@ -7,18 +7,22 @@ import dataclasses
 import os
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from types import TracebackType
+from typing import Any, NoReturn, Self, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from minimax_jax.parallel.lifeline import Ending, Lifeline
+from minimax_jax.parallel.lifeline import INTERRUPTED, Ending, Lifeline
 
 T = TypeVar("T")
 
 LOST_PROCESS = 3  # exit code
+VERDICT = 3.0  # seconds; a peer's end makes steps fail, and may be known only after that
 _MEETING_BYTES = 4096
 _ABORT_MARGIN = 30  # seconds
 
@@ -95,6 +99,22 @@ class Processes:
             return make()
         return self._lifeline.share(make() if self.is_first else None)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes; after an error the others are told and end with this process, which does not come out of here."""
+        if error is None:
+            self.close()
+        elif self._lifeline is not None:
+            traceback.print_exception(error)
+            if not isinstance(error, (KeyboardInterrupt, SystemExit)):
+                time.sleep(VERDICT)  # perhaps only because another process is gone, and then this one ends in here
+            code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+            self.leave(f"process {self.index}: {type(error).__name__}: {error}", code)
+
     def close(self) -> None:
         """Ends a run that went well, once all processes are here."""
         if self._lifeline is None:
@@ -151,19 +171,21 @@ def start_processes(config: ProcessesConfig, *, on_end: Callable[[Ending], None]
             shutdown_timeout_seconds=2 * config.peer_timeout,
         )
     except ValueError as error:
+        waiting.cancel()
         if explicit:
             raise
         raise ValueError(
             f"no cluster to ask for the other processes ({error}): start with srun or mpirun, or give coordinator, "
             "num_processes and process_id"
         ) from None
-    finally:
+    except BaseException:
         waiting.cancel()
-    index, count = jax.process_index(), jax.process_count()
-    if count == 1:
-        return Processes()
+        raise
     hosts = [] if config.coordinator is None else [config.coordinator.rpartition(":")[0].strip("[]")]
     try:
+        index, count = jax.process_index(), jax.process_count()
+        if count == 1:
+            return Processes()
         lifeline = Lifeline(
             index,
             count,
@@ -173,8 +195,10 @@ def start_processes(config: ProcessesConfig, *, on_end: Callable[[Ending], None]
             timeout=config.peer_timeout,
             lost_code=LOST_PROCESS,
         )
-    except OSError as error:
-        end_process(Ending(str(error), LOST_PROCESS))
+    except (OSError, RuntimeError) as error:  # until it stands, nobody else notices a process that is lost
+        end_process(Ending(f"the processes could not meet: {error}", LOST_PROCESS))
+    finally:
+        waiting.cancel()
     return Processes(index, count, lifeline)
 
 

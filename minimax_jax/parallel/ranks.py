@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -123,11 +122,6 @@ class Ranks:
 
     def _placed(self, value: np.ndarray | jax.Array, spec: PartitionSpec) -> jax.Array:
         sharding = NamedSharding(self.mesh, spec)
-        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-            keys: Any = value
-            data = self._placed(np.asarray(jax.random.key_data(keys)), spec)
-            wrap = functools.partial(jax.random.wrap_key_data, impl=jax.random.key_impl(keys))
-            return jax.jit(wrap, out_shardings=sharding)(data)
         host = np.asarray(value)  # by callback, as device_put would ask every other process whether it has the same
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 

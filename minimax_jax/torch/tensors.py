@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from torch import Tensor
@@ -78,7 +79,12 @@ def result_on(device: torch.device, array: jax.Array) -> Tensor:
     """A result of the model as a tensor on a torch device: without a copy where it lies there; int32 ids as int64."""
     platform = next(iter(array.devices())).platform
     near = device.type == ("cuda" if platform == "gpu" else platform) and len(array.devices()) == 1
-    tensor = to_torch(array) if near else torch.from_numpy(np.array(array))
+    if near:
+        tensor = to_torch(array)
+    elif array.dtype == jnp.bfloat16:  # NumPy has no such type of its own
+        tensor = torch.from_numpy(np.array(array).view(np.uint16)).view(torch.bfloat16)
+    else:
+        tensor = torch.from_numpy(np.array(array))
     return tensor.to(device, torch.int64 if tensor.dtype == torch.int32 else tensor.dtype)
 
 

@@ -21,6 +21,7 @@ from small_models import random_prompt, small_config, small_model
 
 from minimax_jax import MiniMaxM3ForCausalLM
 from minimax_jax.attention import BoundaryAttend, PagedAttention
+from minimax_jax.attention.transfer import _apart
 from minimax_jax.buckets import buckets_up_to
 from minimax_jax.cache import PagePool
 from minimax_jax.engine import cache_sizing
@@ -416,6 +417,14 @@ def test_exact_sizes_are_bounded(model):
         used.append(attention._exact.get(size)[0])
     assert [dense._cache_size() for dense in used] == [0, 0, 1, 1, 1, 1] and len(attention._exact) == 4
     assert attention._dense._cache_size() == 0
+
+
+def test_sizes_that_may_be_endlessly_many_are_sent_without_compiling_for_them(model):
+    steps, pool = segmented_steps(model, buckets=(16,)), pool_of(model)
+    before = _apart._cache_size()
+    for size in (17, 18, 19):  # above the largest bucket
+        steps.run_layers(model._leaves, pool, make_step(model.config, TABLES[:1], [size], [size]))
+    assert _apart._cache_size() == before
 
 
 def test_buckets_end_at_the_largest_step():

@@ -115,7 +115,7 @@ def test_strangers_are_turned_away_and_who_is_missing_is_named():
 
     def intrude():
         meeting = Meeting.decode(exchange(""))
-        for words in (b'{"token": "guess"}\n', b"GET / HTTP/1.1\n", b"\xff\n"):
+        for words in (b'{"token": "guess"}\n', b"GET / HTTP/1.1\n", b"\xff\n", b"[1]\n"):
             with socket.create_connection(("127.0.0.1", meeting.port)) as connection:
                 connection.sendall(words)
                 connection.recv(1)

@@ -122,6 +122,35 @@ def test_a_dead_process_ends_the_other_in_mid_generation(checkpoint):
             process.communicate()
 
 
+FAILING = """
+import sys, jax
+from minimax_jax.parallel import ProcessesConfig, start_processes
+jax.config.update("jax_platforms", "cpu")
+port, number = sys.argv[1:]
+with start_processes(ProcessesConfig(f"127.0.0.1:{port}", 2, int(number))) as processes:
+    if number == "1":
+        raise MemoryError("no room for it")
+    processes.from_first(lambda: 1)
+    import time
+    time.sleep(60)
+"""
+
+
+def test_an_error_in_one_process_of_a_program_ends_all_with_its_message():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAILING, port, number], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        for number in "01"
+    ]
+    said = [process.communicate(timeout=60)[1] for process in pair]
+    assert [process.returncode for process in pair] == [1, 1]
+    assert all("MemoryError: no room for it" in text for text in said)
+
+
 def test_sizes_that_the_processes_do_not_have_are_refused_once_and_before_loading(checkpoint, tmp_path):
     (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())  # and nothing to load
     pair = start_pair(tmp_path, "--tp", "4", "--prompt", "a")

@@ -12,7 +12,7 @@ from small_batch import OPERATIONS, batch_of, tensors  # noqa: E402
 import minimax_jax.torch as bridge  # noqa: E402
 import minimax_jax.torch.ops as ops  # noqa: E402
 from minimax_jax.torch import Batch, to_jax, to_torch  # noqa: E402
-from minimax_jax.torch.tensors import _check_device  # noqa: E402
+from minimax_jax.torch.tensors import _check_device, result_on  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.bool])
@@ -24,6 +24,15 @@ def test_no_copy_either_way(dtype):
     result = jnp.ones((64, 64), array.dtype) + array
     back = to_torch(result)
     assert back.data_ptr() == result.unsafe_buffer_pointer() and back.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+def test_results_over_several_devices_are_gathered(dtype):
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    spread = jax.NamedSharding(mesh, jax.P("x"))
+    tensor = result_on(torch.device("cpu"), jax.device_put(jnp.arange(8).astype(dtype), spread))
+    assert tensor.tolist() == list(range(8))
+    assert tensor.dtype == (torch.int64 if dtype == "int32" else getattr(torch, dtype))
 
 
 def test_int64_becomes_int32():
