@@ -80,8 +80,8 @@ class LLM:
           cache_config, segment_config, decode_config: the config, or a dict of its fields.
           seed: where requests without a seed get theirs from.
           warm_up: whether the largest steps are compiled now; None for where they must run to measure memory. "all":
-            steps of every shape, so that serving compiles none: give few buckets, of tokens in `segment_config`, of
-            sequences and of pages in `decode_config`.
+            steps of every shape, so that serving compiles none but the heads of penalties, biases and logprobs: give
+            few buckets, of tokens in `segment_config`, of sequences and of pages in `decode_config`.
           progress: whether loads and warm-ups of more than two seconds show a bar on stderr.
 
         Raises:
@@ -235,18 +235,20 @@ class LLM:
             raise ValueError("generate_async: must run in one process; `generate` and `chat` run in several")
         request = self._request(prompt, self._spread(sampling_params, 1)[0])
         loop = asyncio.get_running_loop()
-        outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
+        newest: list[RequestOutput] = []  # one at most: a slow listener finds no heap of old ones
+        arrived = asyncio.Event()
 
         def listen(changed: Request) -> None:
-            loop.call_soon_threadsafe(outputs.put_nowait, changed.output())
+            newest[:] = [changed.output()]
+            loop.call_soon_threadsafe(arrived.set)
 
         self._thread.submit([request], listen)
         finished = False
         try:
             while not finished:
-                output = await outputs.get()
-                while not outputs.empty():  # a slow listener gets the newest
-                    output = outputs.get_nowait()
+                await arrived.wait()
+                arrived.clear()  # before the look: what comes after it is waited for again
+                output = newest[0]
                 finished = output.finished
                 if output.error is not None:
                     raise output.error

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ INVOKE_CLOSE = f"{NAMESPACE}</invoke>"
 _INVOKE = re.compile(re.escape(NAMESPACE) + r'<invoke\s+name\s*=\s*"([^"]*)"\s*>')
 _TAG = re.compile(r"<(/?)([^<>]+)>")
 _ITEM, _TEXT = "item", "$text"
+_DEPTH = 64  # of tags, and of choices in a schema
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +143,7 @@ def _tree(text: str) -> _Node:
             continue
         closing, name = tag.groups()
         rest = piece[tag.end() :]
-        if not closing:
+        if not closing and len(path) <= _DEPTH:  # deeper ones are text: a model that repeats itself ends no stream
             path.append(_Node(name, rest))
             path[-2].children.append(path[-1])
         elif name in (node.name for node in path[1:]):
@@ -200,14 +202,14 @@ class _Schemas:
             if fits:
                 return value
         if not types:
-            for allowed in schema.get("enum", ()):
+            for allowed in schema.get("enum") or ():
                 if text == (allowed if isinstance(allowed, str) else json.dumps(allowed)):
                     return allowed
         if "array" in types and text:
             return [self.value(_Node("", text), schema.get("items"))]
         return text
 
-    def _resolved(self, schema: Any) -> Mapping[str, Any]:
+    def _resolved(self, schema: Any, depth: int = 0) -> Mapping[str, Any]:
         for _ in range(16):  # chains of references end; circles do not
             if not isinstance(schema, Mapping) or not isinstance(schema.get("$ref"), str):
                 break
@@ -215,25 +217,25 @@ class _Schemas:
             for part in schema["$ref"].removeprefix("#").strip("/").split("/"):
                 target = target.get(part) if isinstance(target, Mapping) else None
             schema = target
-        if not isinstance(schema, Mapping):
+        if not isinstance(schema, Mapping) or depth > _DEPTH:  # a choice may lead back to itself
             return {}
         for key in ("anyOf", "oneOf"):
             if isinstance(schema.get(key), Sequence) and "type" not in schema:
-                return self._any_of(schema[key])
+                return self._any_of(schema[key], depth + 1)
         return schema
 
-    def _any_of(self, choices: Sequence[Any]) -> Mapping[str, Any]:
+    def _any_of(self, choices: Sequence[Any], depth: int) -> Mapping[str, Any]:
         """One schema that allows what any of several allow."""
         merged: dict[str, Any] = {}
         types: list[str] = []
-        for choice in map(self._resolved, choices):
+        for choice in (self._resolved(choice, depth) for choice in choices):
             types += _types(choice)
             merged = {**choice, **merged}
         return {**merged, "type": types}
 
 
 def _types(schema: Mapping[str, Any]) -> tuple[str, ...]:
-    kinds = schema.get("type", ())
+    kinds = schema.get("type") or ()
     return (kinds,) if isinstance(kinds, str) else tuple(kind for kind in kinds if isinstance(kind, str))
 
 
@@ -243,12 +245,19 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 
+def _finite(text: str) -> float:
+    """A number that JSON can write again: no NaN, Infinity or 1e999."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is not finite")
+    return value
+
+
 def _read(text: str, kind: str) -> tuple[bool, Any]:
     """(whether a text is a JSON value of a kind, that value)."""
     if kind in ("array", "object") and not text.strip():
         return True, [] if kind == "array" else {}
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError):
         return False, None
     if isinstance(value, bool):

@@ -141,3 +141,27 @@ def test_thinking_comes_off_first():
     }  # fmt: skip
     with pytest.raises(ValueError, match="thinking_mode: must be one of"):
         AnswerParser("often")
+
+
+def call_of(inner: str, properties: dict) -> dict:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", **properties}}}]
+    _, (call,) = parse_tool_calls(f'{BLOCK_OPEN}{NS}<invoke name="f">{inner}{NS}</invoke>{BLOCK_CLOSE}', tools)
+    return call.arguments
+
+
+def test_a_model_that_repeats_itself_and_odd_schemas_end_no_stream():
+    deep = call_of(f"{NS}<a>" * 1500, {})
+    for _ in range(60):
+        (deep,) = deep.values()
+    assert isinstance(deep, (dict, str, list))
+    one = f"{NS}<a>5{NS}</a>"
+    assert call_of(one, {"properties": {"a": {"type": None, "enum": None}}}) == {"a": "5"}
+    circle = {"$defs": {"J": {"anyOf": [{"type": "integer"}, {"$ref": "#/$defs/J"}]}}}
+    assert call_of(one, {**circle, "properties": {"a": {"$ref": "#/$defs/J"}}}) == {"a": 5}
+
+
+def test_numbers_that_json_cannot_write_stay_text():
+    number = {"properties": {"a": {"type": "number"}}}
+    for text in ("NaN", "Infinity", "1e999"):
+        assert call_of(f"{NS}<a>{text}{NS}</a>", number) == {"a": text}
+    assert call_of(f"{NS}<a>1e9{NS}</a>", number) == {"a": 1e9}

@@ -90,6 +90,8 @@ class EngineCore:
         plans = [scheduler.schedule() for scheduler in self.schedulers]
         if self._inflight is not None and any(p.rows for p in plans) and self.runner.needs_known_tokens(plans):
             touched += self._read()
+            if not self._intact:  # all sequences wait again: these plans are of their last life
+                return touched
             plans = [plan.unfinished() for plan in plans]
         launched: LaunchedStep | None = None
         if any(plan.rows for plan in plans):

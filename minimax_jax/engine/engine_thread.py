@@ -69,17 +69,10 @@ class EngineThread:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    @property
-    def num_unfinished(self) -> int:
-        """Requests that wait or run."""
-        with self._changed:
-            return len({id(request) for request, _ in self._live.values()}) + len(self._arrived)
-
     def _run(self) -> None:
         try:
             while self._wait():
-                for sequence in self._core.step():
-                    self._tell(sequence)
+                self._tell(self._core.step())
         except Exception as error:  # noqa: BLE001 - every waiting caller must hear of it
             self._failure = error
         finally:
@@ -121,16 +114,22 @@ class EngineThread:
         for sequence in request.sequences:
             if not sequence.finished:
                 self._core.abort(sequence)
-                self._tell(sequence)
+                self._tell([sequence])
 
-    def _tell(self, sequence: Sequence) -> None:
-        request, listener = self._live.get(sequence, (None, None))
-        if sequence.finished:
-            self._live.pop(sequence, None)
-        if request is not None and listener is not None and not _listens(request, listener):
-            for other in request.sequences:
-                self._live.pop(other, None)
-            self._end(request)
+    def _tell(self, sequences: list[Sequence]) -> None:
+        """Tells each listener once, whatever number of its answers have changed."""
+        changed: dict[int, tuple[Request, Listener | None]] = {}
+        for sequence in sequences:
+            if sequence in self._live:
+                request, listener = self._live[sequence]
+                changed[id(request)] = request, listener
+            if sequence.finished:
+                self._live.pop(sequence, None)
+        for request, told in changed.values():
+            if told is not None and not _listens(request, told):
+                for other in request.sequences:
+                    self._live.pop(other, None)
+                self._end(request)
 
 
 def _listens(request: Request, listener: Listener) -> bool:

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key, UInt32
 
 from minimax_jax.engine.generation_config import COLDEST
@@ -57,12 +56,6 @@ def sampling_state(
         jnp.asarray(np.full(num_rows, seed, np.uint32)),
         jnp.arange(num_rows, dtype=jnp.uint32),
     )
-
-
-def sampling_specs(rows: PartitionSpec) -> SamplingState:
-    """How the state of a step is sharded whose rows are sharded as `rows`."""
-    by_row: Any = rows
-    return SamplingState(by_row, by_row, by_row, by_row, by_row, by_row)
 
 
 def pick_tokens(

@@ -163,7 +163,8 @@ class Scheduler:
         assert pages is not None and sequence.num_pending == 0
         prompt = sequence.num_prompt
         shares = parent is not None and parent.status is Status.RUNNING and parent.num_computed >= prompt
-        scored = sequence.params.prompt_logprobs is not None  # which takes every token's hidden state
+        # which takes every token's hidden state, of the first of several answers
+        scored = sequence.params.prompt_logprobs is not None and parent is None
         shares = shares and sequence.num_new == 0 and not scored
         searches = not shares and not scored and self.allocator.reuse
         found = 0

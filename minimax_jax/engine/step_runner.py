@@ -230,7 +230,7 @@ class StepRunner:
         else:
             layout = StepLayout(tables[:live], starts[: live + 1], contexts[:live], none)
             _, last = self._run_flat([FlatStep(zeros, positions, layout)] * groups, arrays.last, eager=how == "eager")
-        for features in (PickFeatures(), PickFeatures(greedy=False, truncated=True)):
+        for features in (PickFeatures(), PickFeatures(greedy=False), PickFeatures(greedy=False, truncated=True)):
             parameters = pick_parameters([StepPlan()] * groups, num_rows, self._model.vocab_size, ())
             sampling, adjustments = self._place(parameters, keep=True)
             picked = self._pick(arrays, last, features, sampling, adjustments)
@@ -386,7 +386,7 @@ class StepRunner:
                 end += row.num_tokens
                 asked = row.sequence.params.prompt_logprobs
                 last = min(row.start + row.num_tokens, row.sequence.num_prompt - 1)
-                if asked is None or row.start >= last:
+                if asked is None or row.sequence.parent is not None or row.start >= last:
                     continue
                 for first in range(row.start, last, _SCORED_ROWS):
                     count = min(_SCORED_ROWS, last - first)

@@ -19,9 +19,9 @@ def test_serving_compiles_nothing_after_a_warm_up_over_all_shapes():
     }
     with small_llm(small_model(), warm_up="all", **shapes) as llm:
         before, random = compilations(), np.random.default_rng(0)
-        for _ in range(3):
+        for options in ({"top_k": 5}, {}, {"top_p": 0.9, "min_p": 0.1}):
             prompts = [random.integers(0, VOCAB, random.integers(1, 70)).tolist() for _ in range(5)]
-            params = [SamplingParams(temperature=float(t % 2), top_k=5, max_tokens=6, seed=t) for t in range(5)]
+            params = [SamplingParams(temperature=float(t % 2), max_tokens=6, seed=t, **options) for t in range(5)]
             outputs = llm.generate(prompts, params)
             assert all(output.error is None for output in outputs)
         assert compilations() == before
