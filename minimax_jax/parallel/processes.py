@@ -106,14 +106,15 @@ class Processes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Closes; after an error the others are told and end with this process, which does not come out of here."""
-        if error is None:
+        code = error.code if isinstance(error, SystemExit) else INTERRUPTED if kind is KeyboardInterrupt else 1
+        if error is None or code in (0, None):
             self.close()
         elif self._lifeline is not None:
             traceback.print_exception(error)
             if not isinstance(error, (KeyboardInterrupt, SystemExit)):
                 time.sleep(VERDICT)  # perhaps only because another process is gone, and then this one ends in here
-            code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
-            self.leave(f"process {self.index}: {type(error).__name__}: {error}", code)
+            text = f"process {self.index}: {type(error).__name__}: {error}"
+            self.leave(text, code if isinstance(code, int) else 1)
 
     def close(self) -> None:
         """Ends a run that went well, once all processes are here."""
