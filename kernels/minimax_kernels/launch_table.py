@@ -73,7 +73,8 @@ def attend_launch(
     programs = num_tokens * groups
     measured = _measured_at(ATTEND_FEW if prefill else ATTEND_DECODE, rows_per_token, programs)
     if measured is None:
-        measured = max(round(NUM_SMS * 2 / programs), 1), 64, 4, 2
+        least = 1 if not prefill or programs <= NUM_SMS else 3 if groups == 1 else 2
+        measured = max(round(NUM_SMS * 2 / programs), least), 64, 4, 2
     splits, keys_per_step, num_warps, num_stages = measured
     per_program = ceil_div(blocks, min(splits, blocks, MOST_SPLITS))
     if per_program == 1:  # one step a program: nothing to pipeline

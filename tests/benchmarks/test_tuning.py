@@ -33,3 +33,10 @@ def test_shapes_are_keyed_as_the_kernels_look_them_up():
     assert Shape("decode", 1, 16).key == (16, 64) and Shape("few", 8, 100).key == (8, 128)
     assert Shape("page", 8, 8192).key == (8, 16384)
     assert len({(shape.kind, shape.key) for shape in shapes(("decode", "few", "page"), False)}) == 22
+
+
+def test_few_tokens_of_prompts_take_more_programs_than_they_need_to_fill_the_device(monkeypatch):
+    monkeypatch.setattr(launch_table, "ATTEND_FEW", {})
+    one, four = (launch_table.attend_launch(171, groups, 16, 8, prefill=True) for groups in (1, 4))
+    assert (one.blocks_per_program, four.blocks_per_program) == (6, 8)
+    assert launch_table.attend_launch(171, 4, 16, 16).blocks_per_program == 16  # decode
