@@ -139,9 +139,8 @@ def _ending_together(processes: Processes) -> Iterator[None]:
         text, code = outcome(error)
         if code == BUG:  # perhaps only because another process is gone, and then this one ends in here
             time.sleep(VERDICT)
-        if processes.is_first:
-            print(text, file=sys.stderr)
-        processes.leave(text.strip().removeprefix("minimax-jax: error: "), code)
+        said = text.strip().removeprefix("minimax-jax: error: ")
+        processes.leave(said, code, text if processes.is_first else None)
 
 
 @contextmanager

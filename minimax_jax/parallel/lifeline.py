@@ -136,12 +136,19 @@ class Lifeline:
                 raise RuntimeError(f"process {link.process} on {link.host} is gone") from error
         return value
 
-    def fail(self, ending: Ending) -> None:
-        """Tells the others that this process ends, and why."""
+    def fail(self, ending: Ending) -> bool:
+        """Tells the others that this process ends, and why.
+
+        Returns:
+          False if another process has ended the run before: its reason counts, and `on_end` is at it.
+        """
+        if not self._ending.acquire(blocking=False):
+            return False
         self._closing.set()
         for link in self._links:
             with contextlib.suppress(OSError):
                 link.send(end=ending.text, code=ending.code)
+        return True
 
     def farewell(self) -> None:
         """Tells the others that this process is done: it may go without being missed."""

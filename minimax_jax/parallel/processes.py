@@ -125,15 +125,18 @@ class Processes:
         self._lifeline.close()
         self._lifeline = None
 
-    def leave(self, text: str | None, code: int) -> NoReturn:
+    def leave(self, text: str | None, code: int, printed: str | None = None) -> NoReturn:
         """Ends this process, and with it the others, which may wait for it on their devices: no way back.
 
         Args:
           text: why; process 0 prints it if another one says it. None if nothing is left to say.
           code: everybody's exit code.
+          printed: what this process prints on stderr, unless another one has ended the run before.
         """
-        if self._lifeline is not None:
-            self._lifeline.fail(Ending(text, code))
+        if self._lifeline is not None and not self._lifeline.fail(Ending(text, code)):
+            time.sleep(VERDICT)  # the process ends in here, with the other one's reason
+        elif printed is not None:
+            print(printed, file=sys.stderr)
         end_process(Ending(None, code))
 
 

@@ -100,6 +100,15 @@ def test_a_failure_is_told_with_its_reason_and_code():
     close(lifelines)
 
 
+def test_of_two_that_fail_the_first_ones_reason_counts():
+    lifelines, told = connect(2)
+    assert lifelines[1].fail(Ending("no memory", 2))
+    assert told[0].get(timeout=2).text.endswith("no memory")
+    assert not lifelines[0].fail(Ending("no memory here either", 2))
+    assert told[1].empty()
+    close(lifelines)
+
+
 def test_whoever_says_good_bye_is_not_missed():
     lifelines, told = connect(2)
     for lifeline in lifelines:
