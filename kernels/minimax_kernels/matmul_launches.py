@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from minimax_kernels.launch_table import NUM_SMS
+from minimax_kernels.measured_products import PRODUCTS
 from minimax_kernels.triton_call import Launch, ceil_div, next_power_of_two
 
 LEAST_COLUMNS = 16  # of a tile, as the matrix instructions have them
@@ -30,6 +31,20 @@ class MatmulLaunch:
     launch: Launch
 
 
+def measured_launch(
+    kind: str, num_rows: int, in_features: int, column_divisor: int, out_features: int
+) -> MatmulLaunch | None:
+    """What was measured for this weight at this number of rows, rounded up to a power of two; None if nothing was.
+
+    Args:
+      kind: "matmul", or for sorted rows "groups", or "joined" where the halves are joined.
+    """
+    found = PRODUCTS.get((kind, in_features, out_features, next_power_of_two(num_rows)))
+    if found is None or column_divisor % found[1]:
+        return None
+    return MatmulLaunch(*found[:4], Launch(*found[4:]))
+
+
 def largest_divisor(size: int, most: int) -> int:
     """The largest power of two up to `most` that divides `size`."""
     return min(size & -size, most)
@@ -42,6 +57,9 @@ def matmul_launch(num_rows: int, in_features: int, column_divisor: int, out_feat
       column_divisor: what a tile's columns must divide.
       out_features: of all weights together.
     """
+    measured = measured_launch("matmul", num_rows, in_features, column_divisor, out_features)
+    if measured is not None:
+        return measured
     if num_rows <= FEW_ROWS:
         block_m = max(next_power_of_two(num_rows), 16)
         block_n = largest_divisor(column_divisor, 64)
@@ -57,16 +75,20 @@ def matmul_launch(num_rows: int, in_features: int, column_divisor: int, out_feat
 
 
 def group_launch(
-    num_rows: int, num_groups: int, in_features: int, column_divisor: int, out_features: int, columns_of: int = 1
+    num_rows: int, num_groups: int, in_features: int, column_divisor: int, out_features: int, *, joined: bool = False
 ) -> MatmulLaunch:
     """For rows that groups share evenly, as far as is known before they are counted.
 
     Args:
-      columns_of: accumulators of a program, which each take block_n columns.
+      joined: a program takes block_n columns of each of two halves.
     """
     mean_rows = ceil_div(num_rows, num_groups)
+    kind = "joined" if joined else "groups"
+    measured = measured_launch(kind, num_rows, in_features, column_divisor, out_features)
+    if measured is not None:
+        return measured
     block_k = largest_divisor(in_features, MOST_BLOCK_K if mean_rows <= FEW_ROWS else 64)
-    block_n = largest_divisor(column_divisor, (64 if mean_rows <= 16 else 128) // columns_of)
+    block_n = largest_divisor(column_divisor, (64 if mean_rows <= 16 else 128) // (2 if joined else 1))
     if mean_rows > FEW_ROWS:
         return MatmulLaunch(128 if mean_rows > 128 else 64, block_n, block_k, 1, Launch(4, 3))
     block_m = max(next_power_of_two(mean_rows), 16)

@@ -77,7 +77,7 @@ def test_matmul_of_several_weights(rows, inputs):
 
 
 def test_routed_experts_below_cover_split_inputs_and_joined_halves():
-    launches = [group_launch(rows, EXPERTS, HIDDEN, WIDTH, 2 * WIDTH, 2) for rows in (1, 45, 300)]
+    launches = [group_launch(rows, EXPERTS, HIDDEN, WIDTH, 2 * WIDTH, joined=True) for rows in (1, 45, 300)]
     assert [launch.splits > 1 for launch in launches] == [True, False, False]
 
 

@@ -39,7 +39,7 @@ def routed_experts(
     num_rows = expert_ids.size
     rows_here = num_rows if num_experts is None else max(num_rows * local // num_experts, 1)
     half = largest_divisor(width // 2, 1 << 30)
-    launch = group_launch(rows_here, local, hidden, half, width, columns_of=2)
+    launch = group_launch(rows_here, local, hidden, half, width, joined=True)
     joined = launch.splits == 1
     gated = multiply_groups(
         x, gate_up, pairs.group_sizes, source=pairs.source, activation=activation if joined else None,
