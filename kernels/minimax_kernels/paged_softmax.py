@@ -20,6 +20,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from minimax_kernels.batch import Batch
+from minimax_kernels.cache_types import as_read
 from minimax_kernels.exponential import LOG2_E, exp2_scaled
 from minimax_kernels.launch_table import AttendLaunch
 from minimax_kernels.merge_partials import merge_last_program
@@ -159,7 +160,7 @@ def _attend_kernel(
         """One step of the running softmax over `keys_per_step` keys of a page."""
         top, total, acc = state
         key = block * block_size + offset + jnp.arange(keys_per_step, dtype=jnp.int32)
-        keys = k_ref[page, kv_head, pl.ds(offset, keys_per_step), :]
+        keys = as_read(k_ref[page, kv_head, pl.ds(offset, keys_per_step), :], q.dtype)
         scores = lax.dot_general(q, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         seen = (key[None, :] <= position[:, None]) & (block >= 0)
         scores = jnp.where(seen, scores, -jnp.inf)
@@ -173,6 +174,7 @@ def _attend_kernel(
             mask=jnp.broadcast_to(((key < kv_len) & (block >= 0))[:, None], (keys_per_step, head_dim)),
             other=0.0,
         )
+        values = as_read(values, q.dtype)
         acc = acc * rescale[:, None]
         acc += lax.dot_general(
             weights.astype(values.dtype), values, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32

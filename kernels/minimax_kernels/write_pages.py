@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from minimax_kernels.cache_types import as_stored
 from minimax_kernels.launch_table import WRITE_LAUNCH, WRITE_TOKENS
 from minimax_kernels.triton_call import ceil_div, is_power_of_two, next_power_of_two, triton_call
 
@@ -62,6 +63,6 @@ def _write_kernel(*refs, count, num_tokens, step):
         rows = row_ref[token[:, None], head, channel[None, :]]
         plgpu.store(
             out_ref.at[page[:, None], head, (slot & (block_size - 1))[:, None], channel[None, :]],
-            rows.astype(out_ref.dtype),
+            as_stored(rows, out_ref.dtype),
             mask=jnp.broadcast_to(writes[:, None], (step, head_dim)),
         )

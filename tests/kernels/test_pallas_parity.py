@@ -19,8 +19,10 @@ from op_checks import (
     check_msa,
     check_select_blocks,
     check_sparse_attention,
+    fixed_sample,
     jitted,
     options_of,
+    with_fp8_caches,
 )
 
 import minimax_kernels as mk
@@ -142,8 +144,21 @@ def test_narrow_types(data, dtype):
     np.testing.assert_allclose(np.asarray(result, np.float32), expected, atol=2e-2)
 
 
+@pytest.mark.parametrize("name", ["mixed", "decode"])
+@settings(max_examples=3)
+@given(data=st.data())
+def test_fp8_caches(name, data):
+    """Keys and values of 8 bits, NaN where nobody owns them: exactly the attention over the rounded numbers."""
+    s = with_fp8_caches(data.draw(samples(SHAPES[name])))
+    check_index_score(s, IMPL)
+    check_msa(s, IMPL)
+    if name == "mixed":
+        check_dense_attention(s, IMPL)
+        check_sparse_attention(s, 5, run=by_page("one chunk"))
+
+
 def test_repeats_are_equal_bit_for_bit():
-    s = fixed_sample("prefill of one")
+    s = fixed_sample(SHAPES["prefill of one"])
     run = jitted("msa", scale=SCALE, impl=IMPL, **options_of(s.shape))
     args = (s.q, s.k_cache, s.v_cache, s.idx_q, s.index_cache, s.batch)
     np.testing.assert_array_equal(*(np.asarray(run(*args)).view(np.uint32) for _ in range(2)))
@@ -179,7 +194,7 @@ WRITES = {"one head": (9, 4, 1, 16, 16), "heads": (21, 5, 2, 16, 32), "one token
 
 @pytest.mark.parametrize("name", WRITES)
 @settings(max_examples=6)
-@given(data=st.data(), cache_dtype=st.sampled_from(["float32", "bfloat16"]))
+@given(data=st.data(), cache_dtype=st.sampled_from(["float32", "bfloat16", "float8_e4m3fn"]))
 def test_writes_touch_their_slots_alone(name, data, cache_dtype):
     """Unique slots or -1; NaN rows of skipped tokens go nowhere; in place when donated."""
     tokens, pages, heads, block, dim = WRITES[name]
@@ -214,28 +229,3 @@ def test_writes_touch_their_slots_alone(name, data, cache_dtype):
 @functools.cache
 def donating(op: str, caches: int):
     return jax.jit(functools.partial(getattr(mk, op), impl=IMPL), donate_argnums=tuple(range(caches)))
-
-
-def fixed_sample(name: str) -> numpy_ops.Sample:
-    """Without hypothesis: one request of all rows behind a prefix, plus NaN everywhere else."""
-    shape = SHAPES[name]
-    random = np.random.default_rng(5)
-    length = shape.N * shape.B - 3
-    cache = (shape.P, shape.Hkv, shape.B, shape.D)
-    owned = np.zeros((shape.P, shape.B), bool)
-    owned[: shape.N] = np.arange(shape.N * shape.B).reshape(shape.N, shape.B) < length
-
-    def values(*size: int) -> np.ndarray:
-        return random.standard_normal(size).astype(np.float32)
-
-    return numpy_ops.Sample(
-        shape=shape,
-        tables=np.arange(shape.N)[None],
-        starts=np.array([0, shape.T]),
-        kv_lens=np.array([length]),
-        q=values(shape.T, shape.Hq, shape.D),
-        k_cache=np.where(owned[:, None, :, None], values(*cache), np.nan),
-        v_cache=np.where(owned[:, None, :, None], values(*cache), np.nan),
-        idx_q=values(shape.T, shape.Hi, shape.D),
-        index_cache=np.where(owned[..., None], values(shape.P, shape.B, shape.D), np.nan),
-    )

@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from minimax_kernels.batch import Batch, tile_size
+from minimax_kernels.cache_types import as_read
 from minimax_kernels.launch_table import ScoreLaunch, score_launch
 from minimax_kernels.ragged_tiles import locate_tile, num_tiles
 from minimax_kernels.triton_call import ceil_div, next_power_of_two, triton_call
@@ -123,7 +124,7 @@ def _score_kernel(
         plgpu.store(out_ref.at[head, flat, jnp.full((rows,), block, jnp.int32)], best, mask=live)
 
     def score(block, page, masked):
-        keys = index_ref[page]
+        keys = as_read(index_ref[page], q.dtype)
         if keys_first:
             scores = lax.dot_general(keys, q, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
             key_axis = 0

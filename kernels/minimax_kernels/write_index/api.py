@@ -20,11 +20,14 @@ def write_index(
 ) -> Float[Array, "P B D"]:
     """Writes each token's index key (one head, shared by all index queries) to its slot; -1 is skipped.
 
+    Types of caches, and how keys are rounded to them: as `write_kv`.
+
     Raises:
       ValueError: for shapes or types that do not fit.
       NotImplementedError: if the named implementation cannot serve the call.
     """
     checks.check_rank("index_cache", index_cache, "[P, B, D]")
+    checks.check_cache("index_cache", index_cache)
     if idx_k.ndim == 3 and idx_k.shape[1] == 1:
         idx_k = idx_k[:, 0]
     checks.check_rank("idx_k", idx_k, "[T, D]")
