@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from minimax_kernels.batch import Batch
 from minimax_kernels.cache_types import as_read
 from minimax_kernels.exponential import LOG2_E, exp2_scaled
+from minimax_kernels.fp8_queries import product_rows
 from minimax_kernels.launch_table import AttendLaunch
 from minimax_kernels.merge_partials import merge_last_program
 from minimax_kernels.ragged_tiles import Tile, locate_tile, num_tiles
@@ -143,6 +144,8 @@ def _attend_kernel(
     channel = jnp.arange(head_dim, dtype=jnp.int32)
     # rows that are none are computed too, and not written: a mask would make the load wait for the tile's request
     q = q_ref[jnp.minimum(flat, num_tokens - 1)[:, None], (group * rows_per_token + head)[:, None], channel[None, :]]
+    q, factor = product_rows(q, k_ref.dtype)
+    scales = scale if factor is None else scale * factor
     position = jnp.where(live, at.first_position + token, -1)
     kv_len = kv_lens_ref[request]
     first = split * blocks_per_program
@@ -164,9 +167,9 @@ def _attend_kernel(
         scores = lax.dot_general(q, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         seen = (key[None, :] <= position[:, None]) & (block >= 0)
         scores = jnp.where(seen, scores, -jnp.inf)
-        new_top = jnp.maximum(top, jnp.max(scores, axis=1) * scale)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1) * scales)
         shift = jnp.where(new_top == -jnp.inf, 0.0, new_top)  # nothing seen yet: 2 ** (-inf - 0) = 0
-        weights = exp2_scaled(scores, scale, shift, interpret=interpret)
+        weights = exp2_scaled(scores, scales, shift, interpret=interpret)
         rescale = jnp.exp2(top - shift)
         # what no request owns may be NaN, and 0 * NaN is NaN: such values are read as zeros
         values = plgpu.load(
