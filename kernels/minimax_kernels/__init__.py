@@ -5,6 +5,7 @@ D channels, B tokens a page, E experts. Every operation takes `impl=None | "refe
 """
 
 from minimax_kernels.batch import Batch, packed_batch
+from minimax_kernels.cache_types import FP8
 from minimax_kernels.dense_attention.api import dense_attention
 from minimax_kernels.grouped_matmul.api import grouped_matmul
 from minimax_kernels.index_score.api import index_score
@@ -16,6 +17,7 @@ from minimax_kernels.write_index.api import write_index
 from minimax_kernels.write_kv.api import write_kv
 
 __all__ = [
+    "FP8",
     "Batch",
     "Mxfp8",
     "dense_attention",

@@ -131,7 +131,7 @@ def test_msa(name, data, ties):
 @given(data=st.data(), dtype=st.sampled_from(["bfloat16", "float16"]), fp8=st.booleans())
 @example(data=None, dtype="bfloat16", fp8=True)
 def test_narrow_types(data, dtype, fp8):
-    """Operands of 16 bits, or caches of 8: scores in float32, attention accumulated in float32, probabilities rounded."""
+    """Operands of 16 bits, or caches of 8: scores and sums in float32, probabilities rounded."""
     s = fixed_sample(SHAPES["prefill of one"]) if data is None else data.draw(samples(SHAPES["mixed"]))
     caches = ("k_cache", "v_cache", "index_cache")
     types = {"q": dtype, "idx_q": dtype} | dict.fromkeys(caches, "float8_e4m3fn" if fp8 else dtype)
