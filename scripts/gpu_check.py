@@ -48,8 +48,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--cache-dtype",
         choices=("bfloat16", "fp8"),
-        help="parity: cases over these caches only (default: all); benchmark: fp8 measures every case over bfloat16 and "
-        "over e4m3 caches (default: bfloat16)",
+        help="parity: cases over these caches only (default: all); benchmark: fp8 measures every case over bfloat16 "
+        "and over e4m3 caches (default: bfloat16)",
     )
     parity = parser.add_argument_group("parity")
     parity.add_argument("--ops", type=_names(OPS), default=OPS, help=f"of {', '.join(OPS)} (default: all)")
