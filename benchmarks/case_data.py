@@ -1,11 +1,11 @@
 """Random inputs of a case on the device: pools of pages, block tables over permuted pages, queries.
 
 Everything is random, bf16 or, in caches, e4m3; keys, values and queries are independent N(0, 1). Index queries are an
-AR(1) process along the tokens, y_t = rho * y_(t-1) + sqrt(1 - rho^2) * x_t with x ~ N(0, 1) per head and channel, and y_(-1) = 0: at
-rho 0 neighbouring queries select unrelated blocks, at 0.99 nearly the same ones. Requests of one batch follow one
-another in one run of that process. The baselines' own `union8` says that they started from zero: 182 tokens at TP1 give
-32.2 and 33.3 (two seeds) from zero, 29.0 and 28.9 from N(0, 1), and the baseline has 33.8; 1623 tokens give 29.0 and
-29.1 from zero, 28.6 and 28.6 from N(0, 1), and the baseline has 29.1.
+AR(1) process along the tokens, y_t = rho * y_(t-1) + sqrt(1 - rho^2) * x_t with x ~ N(0, 1) per head and channel, and
+y_(-1) = 0: at rho 0 neighbouring queries select unrelated blocks, at 0.99 nearly the same ones. Requests of one batch
+follow one another in one run of that process. The baselines' own `union8` says that they started from zero: 182 tokens
+at TP1 give 32.2 and 33.3 (two seeds) from zero, 29.0 and 28.9 from N(0, 1), and the baseline has 33.8; 1623 tokens give
+29.0 and 29.1 from zero, 28.6 and 28.6 from N(0, 1), and the baseline has 29.1.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Bytes: every input once and every output once, at 2 bytes a channel (bf16; 1 in caches of e4m3), 4 a score or a selected
 id; keys and values at most once a request (a perfect kernel shares them among its queries), and no more of them than
-its queries can select. FLOPs: scores of whole visible blocks (the block max needs them all); attention over exactly the visible keys
-of the selected blocks.
+its queries can select. FLOPs: scores of whole visible blocks (the block max needs them all); attention over exactly
+the visible keys of the selected blocks.
 """
 
 from __future__ import annotations
