@@ -4,8 +4,9 @@
   python scripts/tiny_cache_loss.py                              the chapters in tests/data (2,066 tokens)
   python scripts/tiny_cache_loss.py --data .tiny --documents 41  long held-out documents, from scripts/tiny_corpus.py
 
-Every token goes through the pages, a chunk at a time. Prints a line a document and type; writes cache_loss.json to --out.
-Exit status: 0, or 1 when the loss over fp8 caches is more than 0.5 % above that over the weights' type.
+Every token goes through the pages, a chunk at a time. Prints a line a document and type, writes cache_loss.json to
+--out. Exit status: 0, or 1 when the loss over fp8 caches is more than 0.5 % above that over the weights'
+type.
 """
 
 from __future__ import annotations

@@ -9,10 +9,13 @@ from minimax_kernels.cache_types import FP8
 from minimax_kernels.dense_attention.api import dense_attention
 from minimax_kernels.grouped_matmul.api import grouped_matmul
 from minimax_kernels.index_score.api import index_score
+from minimax_kernels.matmul.api import matmul
 from minimax_kernels.msa.api import msa
 from minimax_kernels.mxfp8 import Mxfp8
+from minimax_kernels.routed_experts.api import routed_experts
 from minimax_kernels.select_blocks.api import select_blocks
 from minimax_kernels.sparse_attention.api import sparse_attention
+from minimax_kernels.swiglu import Swiglu
 from minimax_kernels.write_index.api import write_index
 from minimax_kernels.write_kv.api import write_kv
 
@@ -20,11 +23,14 @@ __all__ = [
     "FP8",
     "Batch",
     "Mxfp8",
+    "Swiglu",
     "dense_attention",
     "grouped_matmul",
     "index_score",
+    "matmul",
     "msa",
     "packed_batch",
+    "routed_experts",
     "select_blocks",
     "sparse_attention",
     "write_index",

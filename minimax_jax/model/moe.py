@@ -10,10 +10,10 @@ from jaxtyping import Array, Float, Int
 
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.model.comm import Comm
-from minimax_jax.model.linear import linear, normal_init
-from minimax_jax.model.mlp import MLP, swigluoai
+from minimax_jax.model.linear import linear_float32, normal_init
+from minimax_jax.model.mlp import MLP, swiglu
 from minimax_jax.model.record import ForwardRecord
-from minimax_kernels import grouped_matmul
+from minimax_kernels import routed_experts
 
 
 class Router(nnx.Module):
@@ -27,7 +27,7 @@ class Router(nnx.Module):
 
     def logits(self, x: Float[Array, "T H"]) -> Float[Array, "T E"]:
         """Each token's logits for all experts."""
-        return linear(x.astype(jnp.float32), self.weight[...])
+        return linear_float32(x, self.weight[...])
 
     def __call__(self, x: Float[Array, "T H"]) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
         """Expert ids and their weights: sigmoid scores, renormalised, times `routed_scaling_factor`.
@@ -61,16 +61,10 @@ class Experts(nnx.Module):
 
         Ids from the number of experts on stand for experts elsewhere and add nothing.
         """
-        num_tokens, per_token = expert_ids.shape
-        gate_up_proj = self.gate_up_proj.get_value()
-        flat_ids = expert_ids.reshape(-1)
-        order = jnp.argsort(flat_ids, stable=True)
-        group_sizes = jnp.zeros((gate_up_proj.shape[0],), jnp.int32).at[flat_ids].add(1, mode="drop")
-        gate_up = grouped_matmul(x[order // per_token], gate_up_proj, group_sizes)
-        rows = grouped_matmul(swigluoai(gate_up, self.config), self.down_proj.get_value(), group_sizes)
-        place = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=order.dtype))
-        outputs = rows[place].reshape(num_tokens, per_token, -1).astype(jnp.float32)
-        return (outputs * weights[..., None]).sum(axis=1).astype(x.dtype)
+        return routed_experts(
+            x, expert_ids, weights, self.gate_up_proj.get_value(), self.down_proj.get_value(),
+            activation=swiglu(self.config), num_experts=self.config.num_local_experts,
+        )  # fmt: skip
 
 
 class MoE(nnx.Module):
