@@ -12,12 +12,14 @@ from minimax_kernels.index_score.api import index_score
 from minimax_kernels.matmul.api import matmul
 from minimax_kernels.msa.api import msa
 from minimax_kernels.mxfp8 import Mxfp8
+from minimax_kernels.norm_rope.api import norm_rope
 from minimax_kernels.routed_experts.api import routed_experts
 from minimax_kernels.select_blocks.api import select_blocks
 from minimax_kernels.sparse_attention.api import sparse_attention
 from minimax_kernels.swiglu import Swiglu
 from minimax_kernels.write_index.api import write_index
 from minimax_kernels.write_kv.api import write_kv
+from minimax_kernels.write_kv_index.api import write_kv_index
 
 __all__ = [
     "FP8",
@@ -29,10 +31,12 @@ __all__ = [
     "index_score",
     "matmul",
     "msa",
+    "norm_rope",
     "packed_batch",
     "routed_experts",
     "select_blocks",
     "sparse_attention",
     "write_index",
     "write_kv",
+    "write_kv_index",
 ]

@@ -37,6 +37,7 @@ ARGS = {
         "v": jnp.zeros((5, 2, 8)), "slots": jnp.arange(5, dtype=jnp.int32),
     },
 }  # fmt: skip
+ARGS["write_kv_index"] = ARGS["write_kv"] | ARGS["write_index"]
 ARGS["sparse_attention"] = ARGS["dense_attention"] | {"selected": jnp.zeros((2, 5, 1), jnp.int32)}
 ARGS["msa"] = ARGS["dense_attention"] | {
     "idx_q": jnp.zeros((5, 2, 8)), "index_cache": jnp.zeros((6, 16, 8)), "topk": 2
@@ -172,6 +173,10 @@ ERRORS = {
         ({"slots": jnp.zeros(4, jnp.int32)}, "slots has T = 4: must be 5, as in idx_k"),
     ],
 }  # fmt: skip
+ERRORS["write_kv_index"] = ERRORS["write_kv"] + ERRORS["write_index"][:-2]
+ERRORS["write_kv_index"].append(
+    ({"index_cache": jnp.zeros((6, 32, 8))}, "index_cache has B = 32: must be 16, as in k_")
+)
 
 
 @pytest.mark.parametrize("op", ARGS)

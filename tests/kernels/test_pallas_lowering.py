@@ -130,7 +130,10 @@ def test_each_operation_lowers(v):
     new = SHAPE((77, v.kv_heads, v.head_dim), v.dtype)
     slots = SHAPE((77,), jnp.int32)
     texts.append(lowered("write_kv", k_cache, v_cache, new, new, slots, donate=(0, 1)))
-    texts.append(lowered("write_index", index_cache, SHAPE((77, 1, v.head_dim), v.dtype), slots, donate=(0,)))
+    keys = SHAPE((77, 1, v.head_dim), v.dtype)
+    texts.append(lowered("write_index", index_cache, keys, slots, donate=(0,)))
+    texts.append(lowered("write_kv_index", k_cache, v_cache, index_cache, new, new, keys, slots, donate=(0, 1, 2)))
+    assert texts[-1].count(KERNEL) == 1
     assert all(KERNEL in text for text in texts)
 
 

@@ -224,7 +224,10 @@ def test_writes_touch_their_slots_alone(name, data, cache_dtype):
         *donating("write_kv", 2)(*donated[:2], k, v, slots),
         donating("write_index", 1)(donated[2], idx_k, slots),
     ]
-    for result, wanted in zip(results, expected, strict=True):
+    together = [jnp.asarray(x) for x in before]  # all three in one launch
+    pointers += [x.unsafe_buffer_pointer() for x in together]
+    results += donating("write_kv_index", 3)(*together, k, v, idx_k, slots)
+    for result, wanted in zip(results, 2 * expected, strict=True):
         assert result.dtype == cache_dtype
         np.testing.assert_array_equal(result, wanted)
     assert [x.unsafe_buffer_pointer() for x in results] == pointers

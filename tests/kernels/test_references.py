@@ -56,7 +56,8 @@ def test_writes_touch_their_slots_alone(slots, cache_dtype):
     slots = jnp.asarray(slots, jnp.int32)
     results = [*jitted("write_kv")(before_k, before_v, k, v, slots), jitted("write_index")(before_index, idx_k, slots)]
     results.append(jitted("write_index")(before_index, idx_k[:, 0], slots))  # [T, D] is taken too
-    for result, wanted in zip(results, [*expected, expected[2]], strict=True):
+    results += jitted("write_kv_index")(before_k, before_v, before_index, k, v, idx_k, slots)
+    for result, wanted in zip(results, [*expected, expected[2], *expected], strict=True):
         assert result.dtype == cache_dtype
         np.testing.assert_array_equal(result, wanted)
 

@@ -26,6 +26,12 @@ def write_index(
       ValueError: for shapes or types that do not fit.
       NotImplementedError: if the named implementation cannot serve the call.
     """
+    idx_k = check_index_rows(index_cache, idx_k, slots)
+    return dispatch("write_index", _IMPLEMENTATIONS, impl, index_cache, idx_k, slots)
+
+
+def check_index_rows(index_cache: Array, idx_k: Array, slots: Array) -> Float[Array, "T D"]:
+    """What the writes of index keys ask of their operands; the keys as [T, D]."""
     checks.check_rank("index_cache", index_cache, "[P, B, D]")
     checks.check_cache("index_cache", index_cache)
     if idx_k.ndim == 3 and idx_k.shape[1] == 1:
@@ -35,4 +41,4 @@ def write_index(
     checks.check_int("slots", slots)
     checks.check_extent("idx_k", "D", idx_k.shape[1], index_cache.shape[2], "in index_cache")
     checks.check_extent("slots", "T", slots.shape[0], idx_k.shape[0], "in idx_k")
-    return dispatch("write_index", _IMPLEMENTATIONS, impl, index_cache, idx_k, slots)
+    return idx_k

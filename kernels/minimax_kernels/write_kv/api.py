@@ -35,6 +35,12 @@ def write_kv(
       ValueError: for shapes or types that do not fit.
       NotImplementedError: if the named implementation cannot serve the call.
     """
+    check_kv_rows(k_cache, v_cache, k, v, slots)
+    return dispatch("write_kv", _IMPLEMENTATIONS, impl, k_cache, v_cache, k, v, slots)
+
+
+def check_kv_rows(k_cache: Array, v_cache: Array, k: Array, v: Array, slots: Array) -> None:
+    """What the writes of keys and values ask of their operands."""
     checks.check_pair(k_cache, v_cache)
     checks.check_rank("k", k, "[T, Hkv, D]")
     checks.check_rank("slots", slots, "[T]")
@@ -44,4 +50,3 @@ def write_kv(
     checks.check_extent("k", "Hkv", k.shape[1], k_cache.shape[1], "in k_cache")
     checks.check_extent("k", "D", k.shape[2], k_cache.shape[3], "in k_cache")
     checks.check_extent("slots", "T", slots.shape[0], k.shape[0], "in k")
-    return dispatch("write_kv", _IMPLEMENTATIONS, impl, k_cache, v_cache, k, v, slots)
