@@ -4,8 +4,11 @@ Shapes: T tokens, R requests, P pages, N pages per request (padded), Hq/Hkv/Hi q
 D channels, B tokens a page, E experts. Every operation takes `impl=None | "reference" | ...`.
 """
 
+from minimax_kernels.add_norm.api import add_norm
+from minimax_kernels.add_norm.reference import rms_norm
 from minimax_kernels.batch import Batch, packed_batch
 from minimax_kernels.cache_types import FP8
+from minimax_kernels.choose_experts.api import choose_experts
 from minimax_kernels.dense_attention.api import dense_attention
 from minimax_kernels.grouped_matmul.api import grouped_matmul
 from minimax_kernels.index_score.api import index_score
@@ -26,6 +29,8 @@ __all__ = [
     "Batch",
     "Mxfp8",
     "Swiglu",
+    "add_norm",
+    "choose_experts",
     "dense_attention",
     "grouped_matmul",
     "index_score",
@@ -33,6 +38,7 @@ __all__ = [
     "msa",
     "norm_rope",
     "packed_batch",
+    "rms_norm",
     "routed_experts",
     "select_blocks",
     "sparse_attention",

@@ -63,9 +63,11 @@ def matmul_launch(num_rows: int, in_features: int, column_divisor: int, out_feat
     if num_rows <= FEW_ROWS:
         block_m = max(next_power_of_two(num_rows), 16)
         block_n = largest_divisor(column_divisor, 64)
+        if out_features < NUM_SMS * block_n <= 2 * out_features:  # narrower tiles fill the device without splits
+            block_n = max(block_n // 2, LEAST_COLUMNS)
         block_k = largest_divisor(in_features, MOST_BLOCK_K)
         programs = out_features // block_n
-        splits = _splits(programs, 3 * NUM_SMS, in_features // block_k)
+        splits = _splits(programs, 3 * NUM_SMS, in_features // block_k) if programs < NUM_SMS else 1
         return MatmulLaunch(block_m, block_n, block_k, splits, Launch(4, 4 if block_m <= 32 else 3))
     block_m, block_n = (128 if num_rows > 256 else 64), largest_divisor(column_divisor, 128)
     block_k = largest_divisor(in_features, 64)
@@ -99,4 +101,5 @@ def group_launch(
 
 
 def _splits(programs: int, wanted: int, most: int) -> int:
-    return max(1, min(round(wanted / programs), most))
+    # XLA adds up no more than that many inside the kernel that reads the sums
+    return max(1, min(round(wanted / programs), most, 16))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -13,7 +12,7 @@ from minimax_jax.model.comm import Comm
 from minimax_jax.model.linear import linear_float32, normal_init
 from minimax_jax.model.mlp import MLP, swiglu
 from minimax_jax.model.record import ForwardRecord
-from minimax_kernels import routed_experts
+from minimax_kernels import choose_experts, routed_experts
 
 
 class Router(nnx.Module):
@@ -38,11 +37,10 @@ class Router(nnx.Module):
 
     def choose(self, logits: Float[Array, "T E"]) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
         """The same from logits."""
-        scores = jax.nn.sigmoid(logits)
-        _, expert_ids = jax.lax.top_k(scores + self.e_score_correction_bias[...], self.config.num_experts_per_tok)
-        chosen = jnp.take_along_axis(scores, expert_ids, axis=-1)
-        weights = chosen / chosen.sum(axis=-1, keepdims=True) * self.config.routed_scaling_factor
-        return expert_ids, weights
+        return choose_experts(
+            logits, self.e_score_correction_bias[...], num_chosen=self.config.num_experts_per_tok,
+            scale=self.config.routed_scaling_factor,
+        )  # fmt: skip
 
 
 class Experts(nnx.Module):

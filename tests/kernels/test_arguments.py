@@ -24,6 +24,8 @@ ARGS = {
     "index_score": {"idx_q": jnp.zeros((5, 2, 8)), "index_cache": jnp.zeros((6, 16, 8)), "batch": BATCH},
     "select_blocks": {"scores": jnp.zeros((2, 5, 3)), "batch": BATCH, "topk": 2},
     "grouped_matmul": {"x": jnp.zeros((5, 32)), "w": jnp.zeros((3, 32, 4)), "group_sizes": jnp.array([1, 2, 0])},
+    "add_norm": {"x": jnp.zeros((5, 32)), "update": jnp.zeros((5, 32)), "weight": jnp.zeros(32), "eps": 1e-6},
+    "choose_experts": {"logits": jnp.zeros((5, 8)), "bias": jnp.zeros(8), "num_chosen": 2},
     "matmul": {"x": jnp.zeros((5, 32)), "w": jnp.zeros((32, 4))},
     "routed_experts": {
         "x": jnp.zeros((5, 32)), "expert_ids": jnp.zeros((5, 2), jnp.int32), "weights": jnp.zeros((5, 2)),
@@ -129,6 +131,18 @@ ERRORS = {
         ({"group_sizes": jnp.zeros(3)}, "group_sizes is float32: must be an integer type"),
         ({"group_sizes": jnp.zeros((3, 1), jnp.int32)}, r"group_sizes has shape \(3, 1\): must be \[E\]"),
         ({"group_sizes": jnp.zeros(2, jnp.int32)}, "group_sizes has E = 2: must be 3, as in w"),
+    ],
+    "add_norm": [
+        ({"x": jnp.zeros((5, 1, 32))}, r"x has shape \(5, 1, 32\): must be \[T, H\]"),
+        ({"update": jnp.zeros((4, 32))}, r"update is float32 of shape \(4, 32\): must be float32 of \(5, 32\), as x"),
+        ({"update": jnp.zeros((5, 32), jnp.bfloat16)}, "update is bfloat16 of shape"),
+        ({"weight": jnp.zeros(16)}, "weight has H = 16: must be 32, as in x"),
+    ],
+    "choose_experts": [
+        ({"logits": jnp.zeros((5, 8), jnp.bfloat16)}, "logits is bfloat16: must be float32"),
+        ({"bias": jnp.zeros(4)}, "bias has E = 4: must be 8, as in logits"),
+        ({"num_chosen": 0}, "num_chosen = 0: must be an integer >= 1"),
+        ({"num_chosen": 9}, "num_chosen = 9: must be at most logits' E = 8"),
     ],
     "matmul": [
         ({"x": jnp.zeros((5, 1, 32))}, r"x has shape \(5, 1, 32\): must be \[T, K\]"),

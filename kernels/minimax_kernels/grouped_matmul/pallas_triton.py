@@ -24,6 +24,8 @@ from minimax_kernels.triton_call import ceil_div, triton_call
 from minimax_kernels.triton_support import require_weight
 from minimax_kernels.weight_tiles import Weight, WeightTiles, multiply_tile, weight_refs
 
+LEAST_HALF_TILE = 64  # rows; smaller tiles are bound by reading the weight, not by arithmetic
+
 
 def grouped_matmul(
     x: Float[Array, "T K"], w: Float[Array, "E K N"] | Mxfp8, group_sizes: Int[Array, "E"], *, interpret: bool = False
@@ -90,21 +92,26 @@ def _group_kernel(
     weight, (sizes_ref, *sources, out_ref) = refs[: 1 + quantized], refs[1 + quantized :]
     num_groups, _, width = weight[0].shape
     tile = locate_group(sizes_ref, pl.program_id(1), tile=launch.block_m, num_rows=num_rows, num_groups=num_groups)
-    column = pl.program_id(0) * launch.block_n
-    split = pl.program_id(2)
-    offset = jnp.arange(launch.block_m, dtype=jnp.int32)
-    live = offset < tile.num_rows
-    row = tile.first_row + offset
-    to = (jnp.where(live, row, num_rows)[:, None], (column + jnp.arange(launch.block_n, dtype=jnp.int32))[None, :])
-    if launch.splits > 1:
-        to = (split, *to)
+    column, split = pl.program_id(0) * launch.block_n, pl.program_id(2)
     per_split = ceil_div(steps, launch.splits)
 
-    def store(result: jax.Array) -> None:
-        plgpu.store(out_ref.at[to], result.astype(out_ref.dtype), mask=jnp.broadcast_to(live[:, None], result.shape))
+    def rows_of(size: int) -> tuple[jax.Array, jax.Array]:
+        """(sorted rows, which of them are there) of a tile's first `size` rows."""
+        offset = jnp.arange(size, dtype=jnp.int32)
+        return tile.first_row + offset, offset < tile.num_rows
 
-    @pl.when((tile.num_rows > 0) & (tile.group < num_groups))
-    def _multiply() -> None:
+    def store(result: jax.Array) -> None:
+        row, live = rows_of(result.shape[0])
+        columns = column + jnp.arange(launch.block_n, dtype=jnp.int32)
+        to = (jnp.where(live, row, num_rows)[:, None], columns[None, :])
+        plgpu.store(
+            out_ref.at[(split, *to) if launch.splits > 1 else to],
+            result.astype(out_ref.dtype),
+            mask=jnp.broadcast_to(live[:, None], result.shape),
+        )
+
+    def multiply(size: int) -> None:
+        row, live = rows_of(size)
         at = jnp.where(live, row, tile.first_row)  # a row that is not there reads one that is
         at = sources[0][at] if gather else at
         inputs = jnp.arange(launch.block_k, dtype=jnp.int32)
@@ -112,13 +119,21 @@ def _group_kernel(
             lambda k: x_ref[at[:, None], (k + inputs)[None, :]],
             WeightTiles(weight, tile.group),
             (column,) if activation is None else (column, column + width // 2),
-            num_rows=launch.block_m, block_n=launch.block_n, block_k=launch.block_k,
+            num_rows=size, block_n=launch.block_n, block_k=launch.block_k,
             begin=split * per_split, stop=jnp.minimum((split + 1) * per_split, steps), interpret=interpret,
         )  # fmt: skip
         if activation is None:
             store(sums[0])
         else:  # of what the product alone would have given, in the type of the rows
             store(activation(*(total.astype(x_ref.dtype) for total in sums)))
+
+    in_group = (tile.num_rows > 0) & (tile.group < num_groups)
+    half = launch.block_m // 2
+    if half >= LEAST_HALF_TILE:  # the last tile of a group is half empty on average
+        pl.when(in_group & (tile.num_rows > half))(functools.partial(multiply, launch.block_m))
+        pl.when(in_group & (tile.num_rows <= half))(functools.partial(multiply, half))
+    else:
+        pl.when(in_group)(functools.partial(multiply, launch.block_m))
 
     if zero_rest:
 

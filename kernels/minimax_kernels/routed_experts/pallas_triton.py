@@ -1,4 +1,4 @@
-"""Routed experts in three launches: [gate | up] with its activation, down, and the weighted sum.
+"""Routed experts in three launches: [gate | up] with its activation, down, and the weighted sum; one more sorts.
 
 Nothing is padded to the number of experts and no row is copied: the first product gathers its rows, programs find
 their expert by themselves, experts without tokens are not read, and pairs of experts elsewhere are never computed.
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from minimax_kernels.grouped_matmul.pallas_triton import multiply_groups
 from minimax_kernels.matmul_launches import group_launch, largest_divisor
 from minimax_kernels.routed_experts.combine import combine_rows
+from minimax_kernels.routed_experts.sort_few import can_sort_few, sort_few_pairs
 from minimax_kernels.routed_experts.sorting import sort_pairs
 from minimax_kernels.swiglu import Swiglu
 from minimax_kernels.triton_support import require_weight
@@ -35,8 +36,11 @@ def routed_experts(
     if x.shape[0] == 0:
         return x
     local, hidden, width = gate_up.shape
-    pairs = sort_pairs(expert_ids, local)
     num_rows = expert_ids.size
+    if can_sort_few(num_rows, local):
+        pairs = sort_few_pairs(expert_ids, local, interpret=interpret)
+    else:
+        pairs = sort_pairs(expert_ids, local)
     rows_here = num_rows if num_experts is None else max(num_rows * local // num_experts, 1)
     half = largest_divisor(width // 2, 1 << 30)
     launch = group_launch(rows_here, local, hidden, half, width, joined=True)
