@@ -54,6 +54,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, help="new tokens (default: 8192 of prefill, then 64 of decode)")
     parser.add_argument("--requests", type=int, default=1, help="requests that share the tokens (default: 1)")
     parser.add_argument("--context", type=int, default=32768, help="tokens of context a request (default: 32768)")
+    parser.add_argument("--cache-dtype", choices=("bfloat16", "fp8"), default="bfloat16", help="(default: %(default)s)")
     parser.add_argument("--keep", type=Path, help="folder to keep XLA's dumps in (PTX, HLO, Triton's passes)")
     args = parser.parse_args()
     ops = args.ops.split(",")
@@ -74,7 +75,7 @@ def main() -> int:
                 print(f"TP{tp}, {tokens} tokens of {requests} requests, {args.context} of context", flush=True)
                 for op in ops:
                     before = set(dumps.iterdir())
-                    _compile(op, tp, tokens, requests, args.context)
+                    _compile(op, tp, tokens, requests, args.context, args.cache_dtype)
                     _report(op, set(dumps.iterdir()) - before, ptxas)
     return 0
 
@@ -86,7 +87,7 @@ def _find_ptxas() -> str | None:
     return shutil.which("ptxas")
 
 
-def _compile(op: str, tp: int, tokens: int, requests: int, context: int) -> None:
+def _compile(op: str, tp: int, tokens: int, requests: int, context: int, cache_dtype: str) -> None:
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
@@ -103,8 +104,9 @@ def _compile(op: str, tp: int, tokens: int, requests: int, context: int) -> None
     pages = requests * blocks
     ints = {"dtype": jnp.int32}
     batch = mk.Batch(array(requests, blocks, **ints), array(requests + 1, **ints), array(requests, **ints))
-    q, cache = array(tokens, heads, 128), array(pages, kv_heads, 128, 128)
-    idx_q, index_cache = array(tokens, kv_heads, 128), array(pages, 128, 128)
+    stored = {"dtype": jnp.float8_e4m3fn if cache_dtype == "fp8" else jnp.bfloat16}
+    q, cache = array(tokens, heads, 128), array(pages, kv_heads, 128, 128, **stored)
+    idx_q, index_cache = array(tokens, kv_heads, 128), array(pages, 128, 128, **stored)
     rows = array(tokens, kv_heads, 128)
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         "index_score": ((idx_q, index_cache, batch), {}),
