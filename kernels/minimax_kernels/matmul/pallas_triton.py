@@ -1,8 +1,8 @@
 """Rows times MXFP8 weights: one kernel; few rows split the inputs over programs, so that all memory is read at once.
 
 The weight's bytes go from memory to shared memory to registers, become bfloat16 there and meet the rows in the matrix
-units. With one split a program writes its tile; with several they write float32 partial sums, which XLA adds up
-inside whatever reads the result.
+units. With one split a program writes its tile; with several they write float32 partial sums. XLA adds them up inside
+whatever reads the result; those of several weights are a launch of their own.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from minimax_kernels.matmul.sum_splits import sum_splits
 from minimax_kernels.matmul_launches import MatmulLaunch, largest_divisor, matmul_launch
 from minimax_kernels.mxfp8 import Mxfp8
 from minimax_kernels.triton_call import ceil_div, triton_call
@@ -63,6 +64,8 @@ def matmul(
         name="mxfp8_matmul",
         interpret=interpret,
     )
+    if split and len(results) > 1:
+        return sum_splits(results, dtype=dtype, interpret=interpret)
     return tuple(result.sum(axis=0).astype(dtype) for result in results) if split else results
 
 
