@@ -56,6 +56,17 @@ def number(allowed: str, holds: Callable[[float], bool]) -> Callable[[str], floa
     return parse
 
 
+def add_quantization(parser: argparse.ArgumentParser) -> None:
+    """The option `--quantization` of commands that load a checkpoint."""
+    parser.add_argument(
+        "--quantization",
+        choices=("auto", "none"),
+        default="auto",
+        help="auto: weights of an MXFP8 checkpoint stay in 8 bits; none: they are multiplied out while loading "
+        "(default: auto)",
+    )
+
+
 def integers(least: int) -> Callable[[str], tuple[int, ...]]:
     """An argument type: integers with commas between them."""
     each = integer(least)
