@@ -11,9 +11,10 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import floors, measure, picture, summary, timing
+from benchmarks import floors, measure, picture, summary
 from benchmarks.cases import BASELINE_FILE
 from benchmarks.machine import describe_machine
+from minimax_jax.rank_slice.ceilings import measure_ceilings
 
 
 def run_bench(
@@ -68,7 +69,7 @@ def run_bench(
 def _ceilings(say: Callable[[str], None]) -> floors.Ceilings:
     begin = time.monotonic()
     small = jax.default_backend() == "cpu"
-    ceilings = timing.measure_ceilings(64 << 20, 256) if small else timing.measure_ceilings()
+    ceilings = measure_ceilings(64 << 20, 256) if small else measure_ceilings()
     say(
         f"ceilings: copy {ceilings.copy_bytes_per_s / 1e12:.2f} TB/s, bf16 matmul "
         f"{ceilings.matmul_flop_per_s / 1e12:.0f} TFLOP/s ({time.monotonic() - begin:.0f} s)"
