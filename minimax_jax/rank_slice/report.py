@@ -17,12 +17,11 @@ def table(report: dict[str, Any]) -> str:
     width = max([len(case["case"]) for case in report["cases"]], default=4)
     lines = [f"{'case':{width}}  ms a step  us a layer  floor, ms  x floor    MFU  bandwidth  target, ms  aim"]
     for case in report["cases"]:
-        target = "" if case["target_ms"] is None else f"{case['target_ms']:.0f}"
-        verdict = "" if case["target_ms"] is None else (" met" if case["step_ms"] <= case["target_ms"] else " missed")
+        target = "" if case["target_ms"] is None else f"{case['target_ms']:.0f} {_verdict(case)}"
         lines.append(
             f"{case['case']:{width}}  {case['step_ms']:9.2f}  {case['layer_us']:10.1f}  {case['floor_ms']:9.2f}  "
             f"{case['times_floor']:7.2f}  {case['mfu']:5.1%}  {case['bandwidth_share']:9.1%}  "
-            f"{target + verdict:>10}  {case['aim'] or ''}".rstrip()
+            f"{target:>10}  {case['aim'] or ''}".rstrip()
         )
     for case in report["cases"]:
         shown = [
@@ -46,6 +45,12 @@ def table(report: dict[str, Any]) -> str:
         f"{report['pool_bytes'] / 1e9:.1f} GB" + ("" if peak is None else f", peak {peak / 1e9:.1f} GB")
     )
     return "\n".join(lines)
+
+
+def _verdict(case: dict[str, Any]) -> str:
+    if case["step_ms"] <= case["target_ms"]:
+        return "met"
+    return "missed" if case["target_ms"] >= case["floor_ms"] else "< floor"
 
 
 def draw(report: dict[str, Any], path: Path) -> Path | None:
@@ -75,9 +80,8 @@ def draw(report: dict[str, Any], path: Path) -> Path | None:
             panel.plot([case["floor_ms"]] * 2, [place - 0.4, place + 0.4], color="black", label="floor")
             if case["target_ms"] is not None:
                 panel.plot([case["target_ms"]] * 2, [place - 0.4, place + 0.4], color="red", ls=":", label="target")
-            panel.annotate(
-                f" {case['times_floor']:.2f} x floor", (max(left, case["step_ms"]), place), va="center", size=8
-            )
+            end = max(left, case["step_ms"], case["target_ms"] or 0)
+            panel.annotate(f" {case['times_floor']:.2f} x floor", (end, place), va="center", size=8)
         panel.set_yticks(range(len(own)), [case["case"] for case in own], size=8)
         panel.invert_yaxis()
         panel.set_xlabel("ms a step")
