@@ -119,12 +119,9 @@ def _is_e4m3(tensor: Any) -> bool:
 def _host(tensor: Any) -> np.ndarray:
     """Any library's tensor on the host; torch's bfloat16, which NumPy does not know, as float32."""
     if hasattr(tensor, "detach"):
-        tensor = tensor.detach().cpu()
-        if _is_e4m3(tensor):
-            import torch  # whose tensor it is
-
-            return tensor.contiguous().view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
-        tensor = (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()
+        exact, tensor = _is_e4m3(tensor), tensor.detach().cpu()
+        tensor = (tensor.float() if exact or str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()
+        return tensor.astype(ml_dtypes.float8_e4m3fn) if exact else tensor
     return np.asarray(tensor)
 
 
