@@ -35,7 +35,12 @@ def add_rank_slice(benchmarks: argparse._SubParsersAction) -> None:
     add("--tp", type=integer(1), default=8, metavar="N", help="tensor-parallel ranks (default: 8)")
     add("--ep", type=integer(1), default=8, metavar="N", help="expert-parallel ranks (default: 8)")
     add("--rank", type=integer(0), default=0, metavar="N", help="whose slice (default: 0)")
-    add("--layers", type=integer(1), metavar="N", help="the model's first layers (default: 60)")
+    add(
+        "--layers",
+        type=integer(1),
+        metavar="N",
+        help="how many of the model's layers; of few, the last is sparse (default: 60)",
+    )
     add("--batch", type=integers(1), metavar="N,N", help="requests of decode steps (default: 1,32,64)")
     add("--context", type=integers(1), metavar="N,N", help="tokens in their caches (default: 8192,32768)")
     add("--chunk", type=integer(1), metavar="N", help="tokens of a prompt's chunk (default: 8192)")

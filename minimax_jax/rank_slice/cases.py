@@ -65,24 +65,26 @@ def select_cases(
 
 
 def slice_config(layers: int, *, tiny: bool) -> MiniMaxM3Config:
-    """MiniMax-M3's first layers; tiny: a small model of the same kind, of which eight ranks have a part each.
+    """MiniMax-M3's first layers, of fewer than four those before its second sparse one.
+
+    Args:
+      tiny: a small model of the same kind instead, of which eight ranks have a part each.
 
     Raises:
       ValueError: for more layers than M3 has.
     """
     config = MiniMaxM3Config.m3()
-    most = config.num_hidden_layers - (2 if tiny else 0)  # of the three dense layers the small model has one
-    if not 1 <= layers <= most:
-        raise ValueError(f"--layers = {layers}: must be within 1..{most}")
+    if not 1 <= layers <= config.num_hidden_layers:
+        raise ValueError(f"--layers = {layers}: must be within 1..{config.num_hidden_layers}")
+    first = max(0, 4 - layers)  # three dense layers come first
     kinds: dict[str, Any] = {
         "num_hidden_layers": layers,
-        "layer_types": config.layer_types[:layers],
-        "mlp_layer_types": config.mlp_layer_types[:layers],
+        "layer_types": config.layer_types[first : first + layers],
+        "mlp_layer_types": config.mlp_layer_types[first : first + layers],
         "vision": None,
     }
     if tiny:
         kinds |= {
-            "layer_types": config.layer_types[2:][:layers], "mlp_layer_types": config.mlp_layer_types[2:][:layers],
             "hidden_size": 128, "vocab_size": 512, "num_attention_heads": 16, "head_dim": 32, "rotary_dim": 16,
             "index_head_dim": 32, "index_block_size": 16, "index_topk_blocks": 2, "dense_intermediate_size": 256,
             "intermediate_size": 64, "shared_intermediate_size": 256, "num_local_experts": 16,

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.-]+)")
-_RESULT = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (?:bf16|f16|f32)\[([\d,]+)\]")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\(")
+_FLOATS = re.compile(r"(?:bf16|f16|f32)\[([\d,]+)\]")
+_NOTHING_WRITTEN = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional")
 
 
 def float_copies(hlo: str, shapes: Iterable[tuple[int, ...]]) -> list[str]:
@@ -25,8 +27,9 @@ def float_copies(hlo: str, shapes: Iterable[tuple[int, ...]]) -> list[str]:
     for line in hlo.splitlines():
         if match := _COMPUTATION.match(line):
             skipped = match[1] in fused
-        elif not skipped and (match := _RESULT.match(line)) and _squeezed(map(int, match[2].split(","))) in wanted:
-            found.append(match[1])
+        elif not skipped and (match := _INSTRUCTION.match(line)) and match[3] not in _NOTHING_WRITTEN:
+            results = (_squeezed(map(int, shape.split(","))) for shape in _FLOATS.findall(match[2]))
+            found += [match[1] for shape in results if shape in wanted]
     return found
 
 

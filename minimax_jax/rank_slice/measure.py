@@ -28,7 +28,7 @@ from minimax_jax.rank_slice.weights import draw_weights, routing_load, weight_st
 from minimax_jax.rank_slice.work import step_work, whole
 from minimax_kernels import Mxfp8
 
-OK = 0
+OK, FAILED = 0, 1
 _WARM_UP = 3  # steps before anything counts: compilation, capture, the first replay
 _PROFILED = {DECODE: 4, PREFILL: 1}
 _STEPS = {DECODE: 30, PREFILL: 2}  # in a row, of which the wall time is taken
@@ -81,9 +81,9 @@ def run_rank_slice(args: argparse.Namespace) -> int:
     pool_bytes = engine.pool.num_pages * engine.page_bytes
     say(f"{pool_bytes / 1e9:.1f} GB of pages filled; compiling {sum(c.kind == DECODE for c in cases)} decode steps")
     start = time.perf_counter()
-    compiled = engine.compile(cases)
+    compiled = engine.compile(cases, say)
     compile_seconds = time.perf_counter() - start
-    say(f"compiled in {compile_seconds:.1f} s")
+    say(f"decode steps compiled in {compile_seconds:.1f} s")
     report: dict[str, Any] = {
         "setting": _setting(args, device, dtype),
         "ceilings": dataclasses.asdict(ceilings),
@@ -99,14 +99,25 @@ def run_rank_slice(args: argparse.Namespace) -> int:
         "compile_seconds": compile_seconds,
         "routing": {"share_of_rank": sum(load), "share_of_its_busiest_expert": max(load, default=0.0)},
         "cases": [],
+        "failed": {},
         "left_out": [],
     }
     for case in cases:
         if time.monotonic() - begun > args.limit_s:
             report["left_out"].append(case.name)
             continue
-        found = _measure(engine, case, layout, ceilings, args, sum(load) if load else None)
-        found |= compiled.get(case, {})
+        found = compiled.get(case, {})
+        if "error" not in found:
+            try:
+                found |= _measure(engine, case, layout, ceilings, args, sum(load) if load else None)
+            except jax.errors.JaxRuntimeError as error:  # want of memory, as a rule
+                found["error"] = " ".join(str(error).split())[:500]
+                engine.recover()
+        if "error" in found:
+            report["failed"][case.name] = found["error"]
+            _write(report, args.out)
+            say(f"{case.name}: FAILED: {found['error']}")
+            continue
         report["cases"].append(found)
         found["peak_bytes"] = report["peak_bytes"] = _memory(device, "peak_bytes_in_use")
         report["seconds"] = time.monotonic() - begun
@@ -116,17 +127,16 @@ def run_rank_slice(args: argparse.Namespace) -> int:
     _write(report, args.out)
     print(table(report))
     drawn_to = draw(report, args.out / "rank_slice.png")
-    print(
-        f"{args.out / 'rank_slice.json'}{f', {drawn_to}' if drawn_to else ' (no picture: matplotlib is not installed)'}"
-    )
-    return OK
+    picture = f", {drawn_to}" if drawn_to else " (no picture: matplotlib is not installed)"
+    print(f"{args.out / 'rank_slice.json'}{picture}")
+    return FAILED if report["failed"] else OK
 
 
 def _measure(
     engine: SliceEngine, case: Case, layout: Layout, ceilings: Ceilings, args: argparse.Namespace, share: float | None
 ) -> dict[str, Any]:
     """Times one case, then profiles some of its steps."""
-    steps, layers = _STEPS[case.kind], layout.config.num_hidden_layers
+    steps, layers, bad = _STEPS[case.kind], layout.config.num_hidden_layers, engine.bad_steps
     requests = engine.requests(case)
     start = time.perf_counter()
     engine.run(requests, _WARM_UP)
@@ -160,6 +170,7 @@ def _measure(
         "bandwidth_share": total.bytes / seconds / ceilings.copy_bytes_per_s,
         "target_ms": None if target is None else target.most_ms,
         "aim": None if target is None else target.aim,
+        "finite": engine.bad_steps == bad,
         "distinct_pages": engine.distinct_share(case),
         "device_busy_us": None if seen is None else seen.busy_us / count,
         "classes": {

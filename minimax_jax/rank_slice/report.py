@@ -37,6 +37,9 @@ def table(report: dict[str, Any]) -> str:
             lines.append(
                 f"  requests share pages: {case['distinct_pages']:.0%} of them are distinct, for want of memory"
             )
+        if not case["finite"]:
+            lines.append("  hidden states are no numbers: times may be others than a real model's")
+    lines += [f"{name}: FAILED: {error}" for name, error in report["failed"].items()]
     if report["left_out"]:
         lines.append(f"left out for want of time: {'; '.join(report['left_out'])}")
     weights, peak = report["weights"], report.get("peak_bytes")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +39,7 @@ class SliceEngine:
     Attributes:
       runner: as the engine has it; pool: its pages.
       page_size: tokens a page.
+      bad_steps: whose hidden states were no numbers.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class SliceEngine:
         config, parallel = layout.config, layout.parallel
         local = layout.local_config
         self._layout, self._config, self._most_steps = layout, config, most_steps
-        self._random = np.random.default_rng(seed)
+        self._random, self._seed, self.bad_steps = np.random.default_rng(seed), seed, 0
         self.page_size = config.index_block_size
         graphdef, _ = split_model(abstract_model(local, dtype))
         comm = SliceComm(
@@ -96,36 +97,50 @@ class SliceEngine:
             segmented=self._steps.segments(tuple(chunks), (1,), widths),
         )
 
-    def compile(self, cases: Sequence[Case]) -> dict[Case, dict[str, Any]]:
+    def compile(self, cases: Sequence[Case], say: Callable[[str], None]) -> dict[Case, dict[str, Any]]:
         """Compiles the decode steps side by side; chunks compile when they first run.
+
+        Args:
+          say: told of each that is done.
 
         Returns:
           of each case "temporaries", bytes that the step takes beside its arguments, and "float_copies", how many
-          arrays of a quantised weight's size in floats it writes.
+          arrays of a quantised weight's size in floats it writes; or "error", why it does not compile.
         """
         decode = [case for case in cases if case.kind == DECODE]
         shapes = {leaf.shape for leaf in self._leaves if isinstance(leaf, Mxfp8)}
-        found = {}
+        shapes -= {leaf.shape for leaf in self._leaves if not isinstance(leaf, Mxfp8)}  # which are floats anyway
+        found: dict[Case, dict[str, Any]] = {}
         with concurrent.futures.ThreadPoolExecutor(min(_COMPILING_THREADS, os.cpu_count() or 1)) as threads:
-            for case, compiled in zip(decode, threads.map(self._compiled, decode), strict=True):
+            waiting = {threads.submit(self._compiled, case): case for case in decode}
+            for done in concurrent.futures.as_completed(waiting):
+                case = waiting[done]
+                try:
+                    compiled = done.result()
+                except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # the other cases can still run
+                    found[case] = {"error": " ".join(str(error).split())[:500]}
+                    continue
                 self._wide[self._key(case)] = compiled
                 memory = compiled.memory_analysis()
                 found[case] = {
                     "temporaries": None if memory is None else int(memory.temp_size_in_bytes),
                     "float_copies": len(float_copies(compiled.as_text(), shapes)),
                 }
+                say(f"compiled {case.name}")
         return found
+
+    def recover(self) -> None:
+        """Fresh pages and rows, after a step that failed has taken the old ones with it."""
+        self.pool.resize(self.pool.num_pages, keep=False)
+        self.runner.reset_rows()
+        _fill(self.pool, self._seed)
 
     def requests(self, case: Case) -> Requests:
         """Requests of that kind, with pages of their own as far as the pool goes."""
         return Requests(self, case)
 
     def run(self, requests: Requests, count: int) -> None:
-        """Runs steps as the engine's loop does: the next one is launched before the last one is read.
-
-        Raises:
-          RuntimeError: if hidden states are no numbers.
-        """
+        """Runs steps as the engine's loop does: the next one is launched before the last one is read."""
         before: LaunchedStep | None = None
         for _ in range(count):
             launched = self.runner.launch([requests.next_step()])
@@ -167,8 +182,7 @@ class SliceEngine:
         if step is None:
             return
         tokens, _ = self.runner.fetch(step)
-        if (tokens[:, : len(step.plans[0].rows)] < 0).any():
-            raise RuntimeError("a step's hidden states are no numbers: these weights make activations too large")
+        self.bad_steps += bool((tokens[:, : len(step.plans[0].rows)] < 0).any())
 
     def _pages(self, case: Case) -> int:
         """Of one request, those that its steps write to included."""
