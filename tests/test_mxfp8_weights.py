@@ -1,14 +1,16 @@
 """Weights that stay in 8 bits: the same numbers as multiplied out, on one device and on ranks, in every interface."""
 
+import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from minimax_jax import LLM, MiniMaxM3Config, MiniMaxM3ForCausalLM, SamplingParams
-from minimax_jax.checkpoint import STYLES, dequantize_mxfp8, save_state, state_tensors
+from minimax_jax.checkpoint import STYLES, CheckpointFiles, dequantize_mxfp8, save_state, state_tensors
 from minimax_jax.checkpoint.quantize import quantize_checkpoint
 from minimax_jax.loss import causal_lm_loss
 from minimax_jax.parallel import ParallelConfig, ParallelError
@@ -80,6 +82,22 @@ def test_linears_and_experts_stay_in_8_bits_and_mean_the_same(kept, floats):
 @pytest.fixture(scope="module")
 def spread(small) -> MiniMaxM3ForCausalLM:
     return MiniMaxM3ForCausalLM.from_pretrained(small, parallel=ParallelConfig(tensor=2, expert=2))
+
+
+@pytest.mark.parametrize("parallel", [None, ParallelConfig(tensor=2)], ids=["one", "tp2"])
+def test_a_nan_among_values_reaches_the_scale_of_its_block(small, kept, parallel, tmp_path):
+    """Where kernels look for it; the other blocks stay as they are."""
+    shutil.copytree(small, tmp_path / "m")
+    with CheckpointFiles.open(small) as files:
+        tensors = {name: np.array(files.read(name)) for name in files.names()}
+    tensors["language_model.model.layers.0.self_attn.o_proj.weight"].view(np.uint8)[5, 70] = 0xFF
+    save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    model = MiniMaxM3ForCausalLM.from_pretrained(tmp_path / "m", parallel=parallel)
+    for name, leaf in quantised(model).items():
+        expected = np.array(kept.state()[name].scales)
+        if name == "layers.0.self_attn.o_proj":
+            expected[2, 5] = 255
+        np.testing.assert_array_equal(leaf.scales, expected, err_msg=name)
 
 
 def test_an_engine_serves_it_over_ranks(spread, floats, small):

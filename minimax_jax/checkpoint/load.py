@@ -201,6 +201,7 @@ def _on_device(plan: LoadPlan, name: str, device: Any, ranks: Ranks | None, thre
     """One state tensor; the host's copy is gone when this returns."""
     import jax
 
+    from minimax_jax.checkpoint.nan_blocks import marked_scales
     from minimax_kernels import Mxfp8
 
     def placed(read: Callable[..., np.ndarray], shape: tuple[int, ...]) -> jax.Array:
@@ -211,7 +212,8 @@ def _on_device(plan: LoadPlan, name: str, device: Any, ranks: Ranks | None, thre
     tensor = plan.tensors[name]
     if name not in plan.kept:
         return placed(plan.read, tensor.shape)
-    return Mxfp8(placed(plan.read_values, tensor.shape), placed(plan.read_scales, tensor.scales.shape))
+    weight = Mxfp8(placed(plan.read_values, tensor.shape), placed(plan.read_scales, tensor.scales.shape))
+    return Mxfp8(weight.values, marked_scales(weight))
 
 
 def _state_dtype(dtype: Any) -> np.dtype:

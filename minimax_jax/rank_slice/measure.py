@@ -66,11 +66,12 @@ def run_rank_slice(args: argparse.Namespace) -> int:
     say(f"{device.device_kind}: measuring copy bandwidth and matmul rate")
     ceilings = measure_ceilings(1 << 24, 256) if args.tiny else measure_ceilings()
     say(f"{ceilings.copy_bytes_per_s / 1e12:.2f} TB/s, {ceilings.matmul_flop_per_s / 1e12:.0f} TFLOP/s")
+    say(f"drawing {weight_bytes / 1e9:.1f} GB of weights")
     start = time.perf_counter()
     state = jax.block_until_ready(draw_weights(config, structs, args.routing, args.seed))
     drawn = time.perf_counter() - start
     built_peak = _memory(device, "peak_bytes_in_use")
-    say(f"{weight_bytes / 1e9:.1f} GB of weights drawn in {drawn:.1f} s")
+    say(f"drawn in {drawn:.1f} s; filling pages")
     place = layout.place(EXPERTS, args.rank)
     held = range(place * layout.experts_per_rank, (place + 1) * layout.experts_per_rank)
     load = routing_load(config, state, held)
