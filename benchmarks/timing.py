@@ -99,7 +99,8 @@ def compile_calls(
 
         if rounds == 1:
             return once(0, None)
-        empty = [jnp.zeros(x.shape, x.dtype) for x in (jax.eval_shape(function, *own) for own in sets)]
+        shapes = [jax.eval_shape(function, *own) for own in sets]
+        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.fori_loop(0, rounds, once, empty)
 
     if out is None:

@@ -23,6 +23,13 @@ ARGS = {
     "index_score": {"idx_q": jnp.zeros((5, 2, 8)), "index_cache": jnp.zeros((6, 16, 8)), "batch": BATCH},
     "select_blocks": {"scores": jnp.zeros((2, 5, 3)), "batch": BATCH, "topk": 2},
     "grouped_matmul": {"x": jnp.zeros((5, 32)), "w": jnp.zeros((3, 32, 4)), "group_sizes": jnp.array([1, 2, 0])},
+    "add_norm": {"x": jnp.zeros((5, 32)), "update": jnp.zeros((5, 32)), "weight": jnp.zeros(32), "eps": 1e-6},
+    "choose_experts": {"logits": jnp.zeros((5, 8)), "bias": jnp.zeros(8), "num_chosen": 2},
+    "matmul": {"x": jnp.zeros((5, 32)), "w": jnp.zeros((32, 4))},
+    "routed_experts": {
+        "x": jnp.zeros((5, 32)), "expert_ids": jnp.zeros((5, 2), jnp.int32), "weights": jnp.zeros((5, 2)),
+        "gate_up": jnp.zeros((3, 32, 8)), "down": jnp.zeros((3, 4, 32)), "activation": mk.Swiglu(1.7, 1.0, 7.0),
+    },
     "write_index": {
         "index_cache": jnp.zeros((6, 16, 8)), "idx_k": jnp.zeros((5, 8)), "slots": jnp.arange(5, dtype=jnp.int32),
     },
@@ -35,6 +42,11 @@ ARGS["sparse_attention"] = ARGS["dense_attention"] | {"selected": jnp.zeros((2, 
 ARGS["msa"] = ARGS["dense_attention"] | {
     "idx_q": jnp.zeros((5, 2, 8)), "index_cache": jnp.zeros((6, 16, 8)), "topk": 2
 }  # fmt: skip
+
+
+def quantised(*shape, scale_rows=None):
+    scales = (*shape[:-2], scale_rows or shape[-2] // 32, shape[-1])
+    return mk.Mxfp8(jnp.zeros(shape, jnp.float8_e4m3fn), jnp.full(scales, 127, jnp.uint8))
 
 
 def batch_with(**changes):
@@ -110,6 +122,39 @@ ERRORS = {
         ({"group_sizes": jnp.zeros(3)}, "group_sizes is float32: must be an integer type"),
         ({"group_sizes": jnp.zeros((3, 1), jnp.int32)}, r"group_sizes has shape \(3, 1\): must be \[E\]"),
         ({"group_sizes": jnp.zeros(2, jnp.int32)}, "group_sizes has E = 2: must be 3, as in w"),
+    ],
+    "add_norm": [
+        ({"x": jnp.zeros((5, 1, 32))}, r"x has shape \(5, 1, 32\): must be \[T, H\]"),
+        ({"update": jnp.zeros((4, 32))}, r"update is float32 of shape \(4, 32\): must be float32 of \(5, 32\), as x"),
+        ({"update": jnp.zeros((5, 32), jnp.bfloat16)}, "update is bfloat16 of shape"),
+        ({"weight": jnp.zeros(16)}, "weight has H = 16: must be 32, as in x"),
+    ],
+    "choose_experts": [
+        ({"logits": jnp.zeros((5, 8), jnp.bfloat16)}, "logits is bfloat16: must be float32"),
+        ({"bias": jnp.zeros(4)}, "bias has E = 4: must be 8, as in logits"),
+        ({"num_chosen": 0}, "num_chosen = 0: must be an integer >= 1"),
+        ({"num_chosen": 9}, "num_chosen = 9: must be at most logits' E = 8"),
+    ],
+    "matmul": [
+        ({"x": jnp.zeros((5, 1, 32))}, r"x has shape \(5, 1, 32\): must be \[T, K\]"),
+        ({"x": jnp.zeros((5, 32), jnp.int32)}, "x is int32: must be one of"),
+        ({"w": jnp.zeros((3, 32, 4))}, r"w has shape \(3, 32, 4\): must be \[K, N\]"),
+        ({"w": jnp.zeros((32, 4), jnp.int8)}, "w is int8: must be one of"),
+        ({"w": (jnp.zeros((32, 4)), jnp.zeros((16, 4)))}, r"x has K = 32: must be 16, as in w\[1\]"),
+        ({"w": ()}, r"w = \(\): must be a weight or at least one of them"),
+        ({"w": mk.Mxfp8(jnp.zeros((32, 4)), jnp.zeros((1, 4)))}, "w is Mxfp8 of float32 and float32: must be float8"),
+        ({"w": quantised(32, 4, scale_rows=2)}, r"w has scales \(2, 4\) for values \(32, 4\): must be"),
+    ],
+    "routed_experts": [
+        ({"x": jnp.zeros((5, 1, 32))}, r"x has shape \(5, 1, 32\): must be \[T, H\]"),
+        ({"expert_ids": jnp.zeros((5, 2))}, "expert_ids is float32: must be an integer type"),
+        ({"expert_ids": jnp.zeros((4, 2), jnp.int32)}, "expert_ids has T = 4: must be 5, as in x"),
+        ({"weights": jnp.zeros((5, 3))}, r"weights is float32 of shape \(5, 3\): must be floating, of expert_ids'"),
+        ({"gate_up": jnp.zeros((3, 16, 8))}, "gate_up has H = 16: must be 32, as in x"),
+        ({"gate_up": jnp.zeros((3, 32, 7))}, "gate_up's last axis = 7: must be a multiple of the number of halves"),
+        ({"down": jnp.zeros((2, 4, 32))}, "down has E = 2: must be 3, as in gate_up"),
+        ({"down": jnp.zeros((3, 8, 32))}, "down has F = 8: must be 4, as half of gate_up's last axis"),
+        ({"down": jnp.zeros((3, 4, 16))}, "down has H = 16: must be 32, as in x"),
     ],
     "write_kv": [
         ({"k_cache": jnp.zeros((6, 16, 8))}, "k_cache has shape"),

@@ -147,3 +147,39 @@ def test_out_is_aliased():
         traced = jax.jit(attend, donate_argnums=0).trace(q, q, k_cache, v_cache, selected, requests)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "output_operand_alias" in text and "tf.aliasing_output" in text
+
+
+def mxfp8(*shape):
+    return mk.Mxfp8(SHAPE(shape, jnp.float8_e4m3fn), SHAPE((*shape[:-2], shape[-2] // 32, shape[-1]), jnp.uint8))
+
+
+@pytest.mark.parametrize("tokens", [1, 33, 300, 8192])
+def test_products_with_mxfp8_weights_lower(tokens):
+    """One TP8 and EP8 rank's: the projections together, one weight alone, routed experts, rows sorted already."""
+    x = SHAPE((tokens, 6144), jnp.bfloat16)
+    texts = [
+        lowered("matmul", x, (mxfp8(6144, 1024), *[mxfp8(6144, 128)] * 4)),
+        lowered("matmul", SHAPE((tokens, 384), jnp.bfloat16), mxfp8(384, 6144), dtype=jnp.float32),
+        lowered("grouped_matmul", x, mxfp8(16, 6144, 6144), SHAPE((16,), jnp.int32)),
+    ]
+    assert [text.count(KERNEL) for text in texts] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("tokens", [1, 33, 300, 8192])
+@pytest.mark.parametrize("quantised", [True, False])
+def test_routed_experts_lower(tokens, quantised):
+    def weight(*shape):
+        return mxfp8(*shape) if quantised else SHAPE(shape, jnp.bfloat16)
+
+    ids, weights = SHAPE((tokens, 4), jnp.int32), SHAPE((tokens, 4), jnp.float32)
+    x, activation = SHAPE((tokens, 6144), jnp.bfloat16), mk.Swiglu(1.702, 1.0, 7.0)
+    gate_up, down = weight(16, 6144, 6144), weight(16, 3072, 6144)
+    text = lowered("routed_experts", x, ids, weights, gate_up, down, activation=activation, num_experts=128)
+    sorting = 1 if tokens * 4 <= 512 else 0  # more are XLA's to sort
+    assert text.count(KERNEL) == 3 + sorting, "[gate | up], down and the weighted sum"
+
+
+def test_norms_and_routers_lower():
+    x, f32 = SHAPE((77, 6144), jnp.bfloat16), jnp.float32
+    assert KERNEL in lowered("add_norm", x, x, SHAPE((6144,), jnp.bfloat16), eps=1e-6)
+    assert KERNEL in lowered("choose_experts", SHAPE((77, 128), f32), SHAPE((128,), f32), num_chosen=4, scale=2.0)

@@ -208,7 +208,8 @@ def test_decoder_layer(pair, kind):
     layer_id, x = LAYERS[kind], normal(TOKENS, CONFIG.hidden_size)
     ours = our_part(lambda: DecoderLayer(CONFIG, layer_id, jnp.float32, nnx.Rngs(0)), pair, f"layers.{layer_id}.")
     expected = of_torch(pair[0].model.layers[layer_id], x[None], **positions_and_mask())
-    assert_close(ours(jnp.asarray(x), *ours_context(), SINGLE_DEVICE), expected[0])
+    assert_close(sum(ours(jnp.asarray(x), None, *ours_context(), SINGLE_DEVICE)), expected[0])
+    assert_close(sum(ours(jnp.asarray(x / 4), jnp.asarray(0.75 * x), *ours_context(), SINGLE_DEVICE)), expected[0])
 
 
 def test_selected_blocks_are_the_indexers(pair):
