@@ -11,10 +11,10 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import floors, measure, picture, summary
+from benchmarks import measure, picture, summary
 from benchmarks.cases import BASELINE_FILE
 from benchmarks.machine import describe_machine
-from minimax_jax.rank_slice.ceilings import measure_ceilings
+from minimax_jax.rank_slice.ceilings import Ceilings, measure_ceilings
 
 
 def run_bench(
@@ -66,7 +66,7 @@ def run_bench(
     return fine, "\n".join(_ending(summary.table(found, checks), rows, left_out, ceilings, machine))
 
 
-def _ceilings(say: Callable[[str], None]) -> floors.Ceilings:
+def _ceilings(say: Callable[[str], None]) -> Ceilings:
     begin = time.monotonic()
     small = jax.default_backend() == "cpu"
     ceilings = measure_ceilings(64 << 20, 256) if small else measure_ceilings()
@@ -78,7 +78,7 @@ def _ceilings(say: Callable[[str], None]) -> floors.Ceilings:
 
 
 def _ending(
-    table: str, rows: Sequence[measure.Row], left_out: list[str], ceilings: floors.Ceilings, machine: dict[str, str]
+    table: str, rows: Sequence[measure.Row], left_out: list[str], ceilings: Ceilings, machine: dict[str, str]
 ) -> list[str]:
     lines = [table, ""]
     refused: dict[str, int] = {}

@@ -105,6 +105,7 @@ def test_kernels_are_told_apart_by_name_and_module():
         "mxfp8_matmul": "matmul", "sm90_xmma_gemm_bf16bf16": "matmul", "grouped_matmul_swiglu": "experts",
         "combine_rows": "experts", "index_score_few_rows": "score", "select_blocks": "select", "write_pages": "write",
         "sparse_attention_by_token": "attend", "merge_partials": "attend", "dense_attention": "attend",
+        "choose_experts": "experts", "sort_pairs": "experts", "add_norm": "elementwise",
         "loop_add_fusion_3": "elementwise", "MemcpyD2D": "copies",
     }  # fmt: skip
     layers = [Launch(name, "s", 0.0, 2.0, "jit__layers") for name in names]
@@ -138,7 +139,23 @@ ENTRY %main (a: f8e4m3fn[64,96]) -> bf16[4,96] {
 
 def test_a_run_at_small_sizes(tmp_path, capsys):
     sizes = ["--layers", "1", "--batch", "2", "--context", "40", "--chunk", "32", "--prefix", "32"]
-    assert main(["bench", "rank-slice", "--tiny", *sizes, "--routing", "skewed", "--out", str(tmp_path)]) == 0
+    assert (
+        main(
+            [
+                "bench",
+                "rank-slice",
+                "--tiny",
+                *sizes,
+                "--routing",
+                "skewed",
+                "--cache-dtype",
+                "bfloat16",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr()
     report = json.loads((tmp_path / "rank_slice.json").read_text())
     assert [case["case"] for case in report["cases"]] == ["prefill, 32 tokens after 32", "decode, batch 2, context 40"]
@@ -148,6 +165,7 @@ def test_a_run_at_small_sizes(tmp_path, capsys):
         assert case["layer_us"] == pytest.approx(case["step_ms"] * 1000)
         assert {"matmul", "experts", "score", "attend", "write", "head"} <= set(case["classes"])
     assert report["weights"]["bytes"] > 0 and report["ceilings"]["copy_bytes_per_s"] > 0 and not report["left_out"]
+    assert report["pool_bytes"] == 18 * 16 * (2 * 32 + 32) * 2  # pages of 16 tokens in bfloat16
     assert report["setting"]["routing"] == "skewed" and report["routing"]["share_of_rank"] > 0
     assert "decode, batch 2, context 40" in table(report) and "rank_slice.json" in printed.out
     assert "compiled decode, batch 2, context 40" in printed.err and not report["failed"]

@@ -50,6 +50,7 @@ class SliceEngine:
         cases: Sequence[Case],
         *,
         dtype: DTypeLike,
+        cache_dtype: DTypeLike,
         most_steps: int,
         seed: int = 0,
     ):
@@ -58,7 +59,7 @@ class SliceEngine:
           layout: of the whole model; rank: whose slice it is.
           state: its weights, as `draw_weights` gives them.
           cases: that will run.
-          dtype: of caches and hidden states.
+          dtype: of hidden states; cache_dtype: of pages.
           most_steps: decode steps of one case at most.
         """
         config, parallel = layout.config, layout.parallel
@@ -77,7 +78,7 @@ class SliceEngine:
         self._jitted = jitted
         self._steps.layers = self._run_layers  # type: ignore[assignment]
         self._batch = max((case.batch for case in cases), default=1)
-        self.pool = PagePool(local, self._num_pages(cases, dtype), dtype, self._leaves[0].sharding)
+        self.pool = PagePool(local, self._num_pages(cases, cache_dtype), cache_dtype, self._leaves[0].sharding)
         _fill(self.pool, seed)
         chunks = sorted({case.query_len for case in cases if case.kind == PREFILL}) or [self.page_size]
         widths = tuple(sorted({self._pages(case) for case in cases}))
@@ -189,12 +190,12 @@ class SliceEngine:
         new = case.query_len if case.kind == PREFILL else self._most_steps
         return -(-(case.context + new) // self.page_size)
 
-    def _num_pages(self, cases: Sequence[Case], dtype: DTypeLike) -> int:
+    def _num_pages(self, cases: Sequence[Case], cache_dtype: DTypeLike) -> int:
         wanted = max(case.batch * self._pages(case) for case in cases)
         memory = self._leaves[0].addressable_shards[0].device.memory_stats()
         if memory is None:
             return wanted
-        itemsize = jnp.dtype(dtype).itemsize
+        itemsize = jnp.dtype(cache_dtype).itemsize
         page = self.page_size * cache_bytes_per_token(self._layout.local_config, itemsize=itemsize)
         room = int((_MEMORY_SHARE * memory["bytes_limit"] - memory["bytes_in_use"] - _RESERVE) // page)
         least = max(self._pages(case) + (case.batch - 1) * 3 for case in cases)
