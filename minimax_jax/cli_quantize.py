@@ -24,7 +24,7 @@ def add_quantize(commands: argparse._SubParsersAction) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("directory", metavar="DIR", help="checkpoint directory; tiny: the embedded one")
-    parser.add_argument("out", metavar="OUT", help="where to; must be a new or an empty directory")
+    parser.add_argument("out_directory", metavar="OUT", help="where to; must be a new or an empty directory")
     parser.add_argument("--format", choices=("mxfp8",), default="mxfp8", help="of the weights (default: mxfp8)")
     parser.set_defaults(run=_quantize)
 
@@ -33,7 +33,7 @@ def _quantize(args: argparse.Namespace) -> int:
     from minimax_jax.checkpoint.quantize import quantize_checkpoint
 
     start = time.perf_counter()
-    done = quantize_checkpoint(args.directory, args.out)
+    done = quantize_checkpoint(args.directory, args.out_directory)
     print(
         f"{done.directory}: {done.tensors} tensors quantised, {done.bytes_before / 1e9:.3f} GB are "
         f"{done.bytes_after / 1e9:.3f} GB, in {time.perf_counter() - start:.1f} s"
