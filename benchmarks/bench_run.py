@@ -39,6 +39,7 @@ def run_bench(
     rows, left = measure.run_jobs(jobs, impl, ceilings, deadline, say, rotate)
     found = summary.means(rows)
     checks = summary.check_targets(found)
+    faster = summary.speedups(rows)
     machine = describe_machine()
     left_out = [f"{job.case.phase} {job.case.short_name} tp{job.heads.tp}" for job in left]
     record = {
@@ -49,6 +50,7 @@ def run_bench(
         "ceilings": dataclasses.asdict(ceilings),
         "targets": [{**dataclasses.asdict(t), "found": value, "verdict": verdict} for t, value, verdict in checks],
         "means": [dataclasses.asdict(mean) for mean in found],
+        "fp8_speedups": faster,
         "rows": [dataclasses.asdict(row) for row in rows],
         "left_out": left_out,
     }
@@ -62,8 +64,11 @@ def run_bench(
         )
     else:
         say("nothing was measured: no picture")
+    table = summary.table(found, checks)
+    if faster:
+        table += "\n\n" + summary.speedup_table(faster)
     fine = not any(row.refused.startswith(measure.FAILED) for row in rows)
-    return fine, "\n".join(_ending(summary.table(found, checks), rows, left_out, ceilings, machine))
+    return fine, "\n".join(_ending(table, rows, left_out, ceilings, machine))
 
 
 def _ceilings(say: Callable[[str], None]) -> Ceilings:

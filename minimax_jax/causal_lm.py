@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from minimax_jax.cache import PastKeyValues
+from minimax_jax.cache import cache_dtype as dtype_of_caches
 from minimax_jax.checkpoint import load_state, save_state
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.engine.execution import check_execution
@@ -291,15 +292,19 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
         """A call by torch's name."""
         return self(*args, **kwargs)
 
-    def empty_past_key_values(self, batch_size: int, *, max_cache_len: int = 0) -> PastKeyValues:
+    def empty_past_key_values(
+        self, batch_size: int, *, max_cache_len: int = 0, cache_dtype: str = "auto"
+    ) -> PastKeyValues:
         """A context without tokens, for `past_key_values`.
 
         Args:
           batch_size: rows.
           max_cache_len: tokens a row to make room for at once; a context that grows instead compiles for each size.
+          cache_dtype: as `generate` takes it.
         """
         place = self._leaves[0].sharding if self.ranks is None else self.ranks.cache_placement
-        return PastKeyValues(self.config, batch_size, self._dtype, place, max_cache_len=max_cache_len)
+        dtype = dtype_of_caches(cache_dtype, self._dtype)
+        return PastKeyValues(self.config, batch_size, dtype, place, max_cache_len=max_cache_len)
 
     def _losses(
         self, logits: jax.Array, labels: Any, routers: tuple[jax.Array, ...], kept: np.ndarray
@@ -318,7 +323,7 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
             raise ValueError(f"past_key_values is {type(past).__name__}: must come from an earlier call of this model")
         if use_cache is False:
             raise ValueError("use_cache = False: must be True or None with past_key_values, which the call extends")
-        if past.config != self.config or past.dtype != self._dtype:
+        if past.config != self.config:
             raise ValueError("past_key_values is of another model: must come from an earlier call of this one")
 
     def _check_turn(self, past: PastKeyValues, kept: np.ndarray) -> None:
@@ -346,6 +351,7 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
         eos_token_id: int | list[int] | None = None,
         streamer: Streamer | None = None,
         execution: str = "auto",
+        cache_dtype: str = "auto",
         generation_config: Any = None,
         **options: Any,
     ) -> Any:
@@ -363,6 +369,7 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
           execution: "segmented" runs prompts as compiled segments around host-side attention, "whole" as one
             executable, "eager" everything as segments at their exact sizes, for comparison; "auto" takes the
             fastest. Tokens are the same up to rounding.
+          cache_dtype: "auto" for the weights' type, "bfloat16", "float32", or "fp8" for e4m3.
           generation_config: a GenerationConfig of ours or of transformers, or a mapping.
           options: `max_length` (prompts included), `pad_token_id`, and other options of transformers at the values
             at which they do nothing, such as num_beams = 1; docs/torch.md lists them.
@@ -395,7 +402,7 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
             config,
             max_new_tokens=budget,
             seed=seed,
-            cache_dtype=self._dtype,
+            cache_dtype=dtype_of_caches(cache_dtype, self._dtype),
             execution=check_execution(execution),
         )
         columns, ended = [], np.zeros(len(prompts.tokens), bool)

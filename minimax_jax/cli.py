@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-from minimax_jax.cli_arguments import EXIT_CODES, Paragraphs, add_quantization, integer, number
+from minimax_jax.cli_arguments import EXIT_CODES, Paragraphs, add_cache_dtype, add_quantization, integer, number
 from minimax_jax.cli_bench import add_bench
 from minimax_jax.cli_errors import outcome
 from minimax_jax.cli_parallel import add_parallel
@@ -138,8 +138,9 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         "--dtype",
         choices=("auto", "bfloat16", "float32"),
         default="auto",
-        help="of weights and caches; auto: bfloat16 on an accelerator, float32 on a CPU (default: auto)",
+        help="of weights; auto: bfloat16 on an accelerator, float32 on a CPU (default: auto)",
     )
+    add_cache_dtype(parser)
     add_quantization(parser)
     add(
         "--execution",

@@ -25,6 +25,16 @@ class Paragraphs(argparse.RawDescriptionHelpFormatter):
         return "\n\n".join(fill(paragraph, width, indent) for paragraph in text.split("\n\n"))
 
 
+def add_cache_dtype(parser: argparse.ArgumentParser) -> None:
+    """The option `--cache-dtype`, the names of `minimax_jax.cache.CACHE_DTYPES`."""
+    parser.add_argument(
+        "--cache-dtype",
+        choices=("auto", "bfloat16", "float32", "fp8"),
+        default="auto",
+        help="of keys and values; fp8: e4m3, half of bfloat16's bytes; auto: the weights' (default: auto)",
+    )
+
+
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:
     """An argument type: integers in a range."""
     allowed = f"an integer >= {least}" if most is None else f"an integer within {least}..{most}"

@@ -293,7 +293,7 @@ def _generate(model: MiniMaxM3ForCausalLM, ids: list[int], args: argparse.Namesp
         options |= {"do_sample": True, "temperature": args.temperature}
     if args.ignore_eos:
         options["eos_token_id"] = _NO_EOS
-    options["execution"] = args.execution
+    options |= {"execution": args.execution, "cache_dtype": args.cache_dtype}
     with _memory_errors():
         model.generate(
             np.array([ids], np.int32), max_new_tokens=args.max_new_tokens, seed=args.seed, streamer=run, **options

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from minimax_jax.cli_arguments import EXIT_CODES, Paragraphs, integer, integers
+from minimax_jax.cli_arguments import EXIT_CODES, Paragraphs, add_cache_dtype, integer, integers
 
 _DEFAULTS = {"layers": 60, "batch": (1, 32, 64), "context": (8192, 32768), "chunk": 8192, "prefix": (0, 57344)}
 _TINY = {"layers": 3, "batch": (1, 2), "context": (64,), "chunk": 64, "prefix": (0, 64)}
@@ -52,12 +52,7 @@ def add_rank_slice(benchmarks: argparse._SubParsersAction) -> None:
         help="whether routers choose all experts alike or favour some (default: uniform)",
     )
     add("--weights", choices=("mxfp8", "bf16"), default="mxfp8", help="of linears and experts (default: mxfp8)")
-    add(
-        "--cache-dtype",
-        choices=("auto", "bfloat16", "float32"),
-        default="auto",
-        help="of pages; auto: bfloat16, float32 on a CPU (default: auto)",
-    )
+    add_cache_dtype(parser)
     add("--limit-s", type=integer(1), default=330, metavar="N", help="start no case after so long (default: 330)")
     add("--seed", type=integer(0, 2**31 - 1), default=0, metavar="N", help="of weights and pages (default: 0)")
     add("--out", type=Path, default=Path("rank-slice"), metavar="DIR", help="for the results (default: rank-slice)")

@@ -16,6 +16,7 @@ from typing import Any, Self, TypeAlias
 
 import numpy as np
 
+from minimax_jax.cache import cache_dtype
 from minimax_jax.causal_lm import MiniMaxM3ForCausalLM
 from minimax_jax.engine.build import Limits, build_core
 from minimax_jax.engine.engine_config import CacheConfig, DecodeConfig, SegmentConfig, config_from
@@ -132,7 +133,7 @@ class LLM:
             cache,
             segment,
             decode,
-            dtype=self.model.dtype.name if cache.dtype == "auto" else cache.dtype,
+            dtype=cache_dtype(cache.dtype, self.model.dtype).name,
             end_ids=end_ids,
             warm_up=bool(warm_up) if warm_up != "all" else warm_up,
             progress=progress,

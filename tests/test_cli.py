@@ -188,6 +188,7 @@ def test_chat_applies_the_template(capsys, checkpoint, tokenizer, fake):
         (["--top-p", "0.9"], {"do_sample": True, "top_p": 0.9}),
         (["--top-k", "0"], {"do_sample": True, "top_k": 0}),
         (["--execution", "segmented"], {"execution": "segmented"}),
+        (["--cache-dtype", "fp8"], {"cache_dtype": "fp8"}),
         (["--seed", "9", "--ignore-eos", "--max-new-tokens", "5"],
          {"seed": 9, "eos_token_id": -1, "max_new_tokens": 5}),
     ],
@@ -195,7 +196,7 @@ def test_chat_applies_the_template(capsys, checkpoint, tokenizer, fake):
 def test_options_reach_the_model(checkpoint, fake, argv, options):
     assert generate(checkpoint, "--prompt", "a", *argv, "--dtype", "bfloat16", "--quantization", "none") == 0
     given = {key: value for key, value in fake.called.items() if value is not None and key != "ids"}
-    assert given == {"seed": 0, "execution": "auto", **options}
+    assert given == {"seed": 0, "execution": "auto", "cache_dtype": "auto", **options}
     assert fake.loaded == (str(checkpoint), "bfloat16", "none")
 
 

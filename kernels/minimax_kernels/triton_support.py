@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 
+from minimax_kernels.cache_types import FP8, is_fp8
 from minimax_kernels.matmul_launches import LEAST_COLUMNS, largest_divisor
 from minimax_kernels.mxfp8 import BLOCK, Mxfp8
 from minimax_kernels.triton_call import is_power_of_two
@@ -21,8 +22,10 @@ def require_power_of_two(name: str, value: int, most: int) -> None:
 
 def require_pages(q: jax.Array, cache: jax.Array, block_size: int, head_dim: int, *, interpret: bool) -> None:
     """Types and page sizes that the attention kernels take; the interpreter also takes float32, for exact tests."""
-    if q.dtype != cache.dtype:
-        raise NotImplementedError(f"pallas_triton: queries are {q.dtype}, the cache is {cache.dtype}")
+    if cache.dtype != q.dtype and not is_fp8(cache.dtype):
+        raise NotImplementedError(
+            f"pallas_triton: queries are {q.dtype}, the cache is {cache.dtype}, which is neither that nor {FP8}"
+        )
     if str(q.dtype) not in NARROW and not interpret:
         raise NotImplementedError(f"pallas_triton: {q.dtype} is not one of {', '.join(NARROW)}")
     for name, value in (("block size", block_size), ("head_dim", head_dim)):

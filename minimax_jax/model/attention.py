@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.model.linear import linear, normal_init
 from minimax_jax.model.norm import RMSNorm
-from minimax_jax.model.rope import RopeTables, apply_rope
-from minimax_kernels import Mxfp8, matmul
+from minimax_jax.model.rope import RopeTables
+from minimax_kernels import Mxfp8, matmul, norm_rope
 
 
 class Attend(Protocol):
@@ -64,14 +64,12 @@ class Attention(nnx.Module):
             return product.reshape(num_tokens, -1, channels)
 
         q, k, v, *index = self._project(x)
-        q = apply_rope(self.q_norm(heads(q, head_dim)), rope)
-        k = apply_rope(self.k_norm(heads(k, head_dim)), rope)
-        idx_q = idx_k = None
-        if self.sparse:
-            idx_q = apply_rope(self.index_q_norm(heads(index[0], index_dim)), rope)
-            idx_k = apply_rope(self.index_k_norm(heads(index[1], index_dim)), rope)
-        v = heads(v, head_dim)
-        attended = attend(self.layer_id, q, k, v, idx_q, idx_k)
+        turned = [heads(q, head_dim), heads(k, head_dim), *(heads(x, index_dim) for x in index)]
+        norms = [self.q_norm, self.k_norm, *([self.index_q_norm, self.index_k_norm] if self.sparse else [])]
+        weights = tuple(norm.weight[...] for norm in norms)
+        q, k, *index = norm_rope(tuple(turned), weights, rope.cos, rope.sin, eps=self.config.rms_norm_eps)
+        idx_q, idx_k = index if self.sparse else (None, None)
+        attended = attend(self.layer_id, q, k, heads(v, head_dim), idx_q, idx_k)
         return linear(attended.astype(x.dtype), self.o_proj.get_value())
 
     def _project(self, x: Float[Array, "T H"]) -> tuple[Float[Array, "T N"], ...]:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from minimax_jax.cache import cache_dtype
 from minimax_jax.parallel import Layout, ParallelConfig, ParallelError
 from minimax_jax.parallel.config import EXPERTS
 from minimax_jax.rank_slice.cases import DECODE, PREFILL, TARGETS, Case, select_cases, slice_config
@@ -77,10 +78,10 @@ def run_rank_slice(args: argparse.Namespace) -> int:
     load = routing_load(config, state, held)
 
     most_steps = _WARM_UP + _ROUNDS * (_STEPS[DECODE] + 1) + 2 * _PROFILED[DECODE]
-    cache_dtype = dtype if args.cache_dtype == "auto" else jnp.dtype(args.cache_dtype)
     engine = SliceEngine(
-        layout, args.rank, state, cases, dtype=dtype, cache_dtype=cache_dtype, most_steps=most_steps, seed=args.seed
-    )
+        layout, args.rank, state, cases, dtype=dtype, cache_dtype=cache_dtype(args.cache_dtype, dtype),
+        most_steps=most_steps, seed=args.seed,
+    )  # fmt: skip
     del state
     pool_bytes = engine.pool.num_pages * engine.page_bytes
     say(f"{pool_bytes / 1e9:.1f} GB of pages filled; compiling {sum(c.kind == DECODE for c in cases)} decode steps")

@@ -263,6 +263,6 @@ def _fill(pool: PagePool, seed: int) -> None:
 def _noise(pages: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
     keys = jax.random.split(key, len(pages))
     return {
-        name: jax.random.normal(own, array.shape, array.dtype)
+        name: jax.random.normal(own, array.shape, jnp.bfloat16).astype(array.dtype)
         for own, (name, array) in zip(keys, pages.items(), strict=True)
     }

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import minimax_kernels as mk
+from minimax_kernels.cache_types import FP8
 from minimax_kernels.implementation import dispatch
 
 BATCH = mk.Batch(jnp.zeros((2, 3), jnp.int32), jnp.array([0, 2, 5]), jnp.array([20, 48]))
@@ -38,6 +39,7 @@ ARGS = {
         "v": jnp.zeros((5, 2, 8)), "slots": jnp.arange(5, dtype=jnp.int32),
     },
 }  # fmt: skip
+ARGS["write_kv_index"] = ARGS["write_kv"] | ARGS["write_index"]
 ARGS["sparse_attention"] = ARGS["dense_attention"] | {"selected": jnp.zeros((2, 5, 1), jnp.int32)}
 ARGS["msa"] = ARGS["dense_attention"] | {
     "idx_q": jnp.zeros((5, 2, 8)), "index_cache": jnp.zeros((6, 16, 8)), "topk": 2
@@ -60,6 +62,9 @@ _ATTENTION_ERRORS = [
     ({"q": jnp.zeros((5, 3, 8))}, "q's Hq = 3: must be a multiple of k_cache's Hkv = 2"),
     ({"k_cache": jnp.zeros((6, 16, 8))}, r"k_cache has shape \(6, 16, 8\): must be \[P, Hkv, B, D\]"),
     ({"v_cache": jnp.zeros((5, 2, 16, 8))}, r"v_cache has shape \(5, 2, 16, 8\): must be \(6, 2, 16, 8\)"),
+    ({"k_cache": jnp.zeros((6, 2, 16, 8), jnp.int8)}, "k_cache is int8: must be one of .*float8_e4m3fn"),
+    ({"v_cache": jnp.zeros((6, 2, 16, 8), FP8)}, "v_cache is float8_e4m3fn: must be float32, as k_cache"),
+    ({"q": jnp.zeros((5, 4, 8), FP8)}, "q is float8_e4m3fn: must be one of float32, bfloat16, float16"),
     ({"out": jnp.zeros((4, 4, 8))}, r"out has shape \(4, 4, 8\): must be \(5, 4, 8\), as q"),
     ({"out": jnp.zeros((5, 4, 8), jnp.int32)}, "out is int32: must be one of"),
 ]
@@ -88,6 +93,10 @@ _INDEX_ERRORS = [
     ({"idx_q": jnp.zeros((5, 2, 8), jnp.int8)}, "idx_q is int8: must be one of"),
     ({"idx_q": jnp.zeros((5, 2, 4))}, "idx_q has Di? = 4: must be 8, as in index_cache"),
     ({"index_cache": jnp.zeros((6, 2, 16, 8))}, r"index_cache has shape \(6, 2, 16, 8\): must be \[P, B, D"),
+    (
+        {"index_cache": jnp.zeros((6, 16, 8), "float8_e5m2")},
+        "index_cache is float8_e5m2: must be one of .*e4m3fn",
+    ),
 ]
 ERRORS = {
     "dense_attention": _ATTENTION_ERRORS + _BATCH_ERRORS,
@@ -158,6 +167,8 @@ ERRORS = {
     ],
     "write_kv": [
         ({"k_cache": jnp.zeros((6, 16, 8))}, "k_cache has shape"),
+        ({"k_cache": jnp.zeros((6, 2, 16, 8), jnp.int8)}, "k_cache is int8: must be one of .*float8_e4m3fn"),
+        ({"v_cache": jnp.zeros((6, 2, 16, 8), FP8)}, "v_cache is float8_e4m3fn: must be float32, as k_cache"),
         ({"v_cache": jnp.zeros((6, 2, 16, 4))}, r"v_cache has shape \(6, 2, 16, 4\): must be \(6, 2, 16, 8\)"),
         ({"k": jnp.zeros((5, 16))}, r"k has shape \(5, 16\): must be \[T, Hkv, D\]"),
         ({"v": jnp.zeros((5, 2, 4))}, r"v has shape \(5, 2, 4\): must be \(5, 2, 8\), as k"),
@@ -169,12 +180,17 @@ ERRORS = {
     ],
     "write_index": [
         ({"index_cache": jnp.zeros((6, 8))}, r"index_cache has shape \(6, 8\): must be \[P, B, D\]"),
+        ({"index_cache": jnp.zeros((6, 16, 8), jnp.int8)}, "index_cache is int8: must be one of .*float8_e4m3fn"),
         ({"idx_k": jnp.zeros((5, 2, 8))}, r"idx_k has shape \(5, 2, 8\): must be \[T, D\]"),
         ({"idx_k": jnp.zeros((5, 4))}, "idx_k has D = 4: must be 8, as in index_cache"),
         ({"slots": jnp.zeros(5)}, "slots is float32: must be an integer type"),
         ({"slots": jnp.zeros(4, jnp.int32)}, "slots has T = 4: must be 5, as in idx_k"),
     ],
 }  # fmt: skip
+ERRORS["write_kv_index"] = ERRORS["write_kv"] + ERRORS["write_index"][:-2]
+ERRORS["write_kv_index"].append(
+    ({"index_cache": jnp.zeros((6, 32, 8))}, "index_cache has B = 32: must be 16, as in k_")
+)
 
 
 @pytest.mark.parametrize("op", ARGS)

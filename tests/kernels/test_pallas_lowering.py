@@ -27,10 +27,14 @@ class Variant(NamedTuple):
     topk: int = 16
     dtype: str = "bfloat16"
     pages: int = 1000
+    cache_dtype: str = ""  # dtype's
 
     def __str__(self) -> str:
-        heads = f"{self.q_heads}_{self.kv_heads}_{self.index_heads}"
-        return f"{heads}-D{self.head_dim}-B{self.block}-{self.dtype}-top{self.topk}-P{self.pages}"
+        heads, caches = (
+            f"{self.q_heads}_{self.kv_heads}_{self.index_heads}",
+            f"-{self.cache_dtype}" * bool(self.cache_dtype),
+        )
+        return f"{heads}-D{self.head_dim}-B{self.block}-{self.dtype}-top{self.topk}-P{self.pages}{caches}"
 
 
 VARIANTS = [
@@ -49,6 +53,8 @@ VARIANTS = [
     Variant(8, 1, 1, topk=32),
     Variant(pages=20_000),  # K and V of 2.6 GB each
     Variant(pages=40_000),  # 5.2 GB
+    Variant(cache_dtype="float8_e4m3fn"),
+    Variant(8, 1, 1, head_dim=64, block=64, dtype="float16", cache_dtype="float8_e4m3fn"),
 ]
 BATCHES = {  # tokens, requests, blocks a request
     "prefill": (2048, 3, 400),
@@ -83,14 +89,15 @@ def lowered(op: str, *args, donate=(), **options) -> str:
 def operands(v: Variant, batch: str):
     """(q, k_cache, v_cache, idx_q, index_cache, batch, scores, selected), as shapes."""
     tokens, requests, blocks = BATCHES[batch]
-    cache = SHAPE((v.pages, v.kv_heads, v.block, v.head_dim), v.dtype)
+    cache_dtype = v.cache_dtype or v.dtype
+    cache = SHAPE((v.pages, v.kv_heads, v.block, v.head_dim), cache_dtype)
     i32 = jnp.int32
     return (
         SHAPE((tokens, v.q_heads, v.head_dim), v.dtype),
         cache,
         cache,
         SHAPE((tokens, v.index_heads, v.head_dim), v.dtype),
-        SHAPE((v.pages, v.block, v.head_dim), v.dtype),
+        SHAPE((v.pages, v.block, v.head_dim), cache_dtype),
         mk.Batch(SHAPE((requests, blocks), i32), SHAPE((requests + 1,), i32), SHAPE((requests,), i32)),
         SHAPE((v.index_heads, tokens, blocks), jnp.float32),
         SHAPE((max(v.kv_heads, v.index_heads), tokens, v.topk), i32),
@@ -123,7 +130,10 @@ def test_each_operation_lowers(v):
     new = SHAPE((77, v.kv_heads, v.head_dim), v.dtype)
     slots = SHAPE((77,), jnp.int32)
     texts.append(lowered("write_kv", k_cache, v_cache, new, new, slots, donate=(0, 1)))
-    texts.append(lowered("write_index", index_cache, SHAPE((77, 1, v.head_dim), v.dtype), slots, donate=(0,)))
+    keys = SHAPE((77, 1, v.head_dim), v.dtype)
+    texts.append(lowered("write_index", index_cache, keys, slots, donate=(0,)))
+    texts.append(lowered("write_kv_index", k_cache, v_cache, index_cache, new, new, keys, slots, donate=(0, 1, 2)))
+    assert texts[-1].count(KERNEL) == 1
     assert all(KERNEL in text for text in texts)
 
 
