@@ -56,8 +56,13 @@ def test_floors_of_the_cases_that_have_targets():
     rows = 8192 * 4 / 8  # of the choices, those of this rank's experts
     assert chunk["experts"].flops == pytest.approx(57 * 2 * rows * 3 * 6144 * 3072)
     assert chunk["attend"].flops > 3 * 4 * 8 * 128 * causal_keys(8192, 0)
-    skewed = step_work(M3, Case(PREFILL, 1, 8192, 0), weights="mxfp8", experts_share=0.25)
+    skewed = step_work(M3, Case(PREFILL, 1, 8192, 0), weights="mxfp8", experts_load=[1 / 64] * 16)
     assert skewed["experts"].flops == pytest.approx(2 * chunk["experts"].flops)
+    few = [
+        step_work(M3, Case(DECODE, 32, 1, 0), weights="mxfp8", experts_load=load) for load in ([1 / 128] * 16, [0.125])
+    ]
+    assert few[0]["experts"].bytes == pytest.approx(16 * (1 - (31 / 32) ** 32) * few[1]["experts"].bytes, rel=1e-3)
+    assert few[0]["experts"].flops == pytest.approx(few[1]["experts"].flops)  # as many rows, of one hot expert
     assert causal_keys(3, 2) == 3 + 4 + 5
 
 

@@ -114,7 +114,7 @@ def run_rank_slice(args: argparse.Namespace) -> int:
         found = compiled.get(case, {})
         if "error" not in found:
             try:
-                found |= _measure(engine, case, layout, ceilings, args, sum(load) if load else None)
+                found |= _measure(engine, case, layout, ceilings, args, load)
             except jax.errors.JaxRuntimeError as error:  # want of memory, as a rule
                 found["error"] = " ".join(str(error).split())[:500]
                 engine.recover()
@@ -138,7 +138,7 @@ def run_rank_slice(args: argparse.Namespace) -> int:
 
 
 def _measure(
-    engine: SliceEngine, case: Case, layout: Layout, ceilings: Ceilings, args: argparse.Namespace, share: float | None
+    engine: SliceEngine, case: Case, layout: Layout, ceilings: Ceilings, args: argparse.Namespace, load: list[float]
 ) -> dict[str, Any]:
     """Times one case, then profiles some of its steps."""
     steps, layers, bad = _STEPS[case.kind], layout.config.num_hidden_layers, engine.bad_steps
@@ -154,7 +154,7 @@ def _measure(
     count = _PROFILED[case.kind]
     launches = profile(lambda: engine.run(requests, count))
     seconds = statistics.median(walls)
-    parts = step_work(layout, case, weights=args.weights, experts_share=share, cache_itemsize=engine.cache_itemsize)
+    parts = step_work(layout, case, weights=args.weights, experts_load=load, cache_itemsize=engine.cache_itemsize)
     total = whole(parts)
     floor = total.seconds(ceilings)
     seen = overlap(launches)

@@ -31,8 +31,9 @@ def table(report: dict[str, Any]) -> str:
         ]
         lines.append(f"{case['case']}: " + (", ".join(shown) or "no profile of kernels on this device"))
         if case.get("temporaries") is not None:
-            copies = f"{case['float_copies'] or 'no'} arrays of a quantised weight's size in floats are written"
-            lines.append(f"  {case['temporaries'] / 1e6:.0f} MB beside weights and pages; {copies}")
+            lines.append(f"  {case['temporaries'] / 1e6:.0f} MB beside weights and pages")
+        if case.get("float_copies") is not None:
+            lines.append(f"  {case['float_copies'] or 'no'} arrays of a quantised weight's size in floats are written")
         if case["distinct_pages"] < 1:
             lines.append(
                 f"  requests share pages: {case['distinct_pages']:.0%} of them are distinct, for want of memory"

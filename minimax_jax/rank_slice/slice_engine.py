@@ -106,7 +106,8 @@ class SliceEngine:
 
         Returns:
           of each case "temporaries", bytes that the step takes beside its arguments, and "float_copies", how many
-          arrays of a quantised weight's size in floats it writes; or "error", why it does not compile.
+          arrays of a quantised weight's size in floats it writes, None without such weights; or "error", why it does
+          not compile.
         """
         decode = [case for case in cases if case.kind == DECODE]
         shapes = {leaf.shape for leaf in self._leaves if isinstance(leaf, Mxfp8)}
@@ -125,7 +126,7 @@ class SliceEngine:
                 memory = compiled.memory_analysis()
                 found[case] = {
                     "temporaries": None if memory is None else int(memory.temp_size_in_bytes),
-                    "float_copies": len(float_copies(compiled.as_text(), shapes)),
+                    "float_copies": len(float_copies(compiled.as_text(), shapes)) if shapes else None,
                 }
                 say(f"compiled {case.name}")
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from minimax_jax.parallel import Layout
 from minimax_jax.rank_slice.attention_work import causal_keys, selected_keys, visible_blocks
@@ -33,7 +33,7 @@ class Work:
 
 
 def step_work(
-    layout: Layout, case: Case, *, weights: str, experts_share: float | None = None, cache_itemsize: int = 2
+    layout: Layout, case: Case, *, weights: str, experts_load: Sequence[float] | None = None, cache_itemsize: int = 2
 ) -> dict[str, Work]:
     """One step of one rank, by class of kernel (`kernel_classes.CLASSES`).
 
@@ -42,7 +42,7 @@ def step_work(
 
     Args:
       weights: "mxfp8" or "bf16".
-      experts_share: of all choices of experts, those that fall on this rank; None for its fair share.
+      experts_load: of all choices of experts, the shares of this rank's (`routing_load`); None for even ones.
       cache_itemsize: bytes of a cached number.
     """
     config, local = layout.config, layout.local_config
@@ -82,12 +82,12 @@ def step_work(
         * case.batch,
         "write": Work(0, tokens * 2 * kv_heads * dim * cache_itemsize),
     }
-    fair = 1 / layout.parallel.expert
-    share = fair if experts_share is None else experts_share
-    chosen = 1 - (1 - config.num_experts_per_tok / config.num_local_experts) ** tokens
-    held = layout.experts_per_rank * chosen
+    per_token = config.num_experts_per_tok
+    load = experts_load or [1 / config.num_local_experts] * layout.experts_per_rank
+    # tokens choose alone: an expert is read unless none of them wants it
+    held = sum(1 - (1 - min(1.0, per_token * share)) ** tokens for share in load)
     expert = 3 * hidden * local.intermediate_size
-    rows = tokens * config.num_experts_per_tok * share
+    rows = tokens * per_token * sum(load)
     routed = Work(2 * rows * expert, held * expert * (1 + 1 / MXFP8_BLOCK if weights == "mxfp8" else 2))
     moe = {
         "experts": routed,
