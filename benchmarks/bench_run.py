@@ -11,9 +11,10 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import floors, measure, picture, summary, timing
+from benchmarks import measure, picture, summary
 from benchmarks.cases import BASELINE_FILE
 from benchmarks.machine import describe_machine
+from minimax_jax.rank_slice.ceilings import Ceilings, measure_ceilings
 
 
 def run_bench(
@@ -70,10 +71,10 @@ def run_bench(
     return fine, "\n".join(_ending(table, rows, left_out, ceilings, machine))
 
 
-def _ceilings(say: Callable[[str], None]) -> floors.Ceilings:
+def _ceilings(say: Callable[[str], None]) -> Ceilings:
     begin = time.monotonic()
     small = jax.default_backend() == "cpu"
-    ceilings = timing.measure_ceilings(64 << 20, 256) if small else timing.measure_ceilings()
+    ceilings = measure_ceilings(64 << 20, 256) if small else measure_ceilings()
     say(
         f"ceilings: copy {ceilings.copy_bytes_per_s / 1e12:.2f} TB/s, bf16 matmul "
         f"{ceilings.matmul_flop_per_s / 1e12:.0f} TFLOP/s ({time.monotonic() - begin:.0f} s)"
@@ -82,7 +83,7 @@ def _ceilings(say: Callable[[str], None]) -> floors.Ceilings:
 
 
 def _ending(
-    table: str, rows: Sequence[measure.Row], left_out: list[str], ceilings: floors.Ceilings, machine: dict[str, str]
+    table: str, rows: Sequence[measure.Row], left_out: list[str], ceilings: Ceilings, machine: dict[str, str]
 ) -> list[str]:
     lines = [table, ""]
     refused: dict[str, int] = {}

@@ -11,16 +11,10 @@ from __future__ import annotations
 import dataclasses
 
 from benchmarks.cases import BLOCK, HEAD_DIM, TOPK, Case, Heads
+from minimax_jax.rank_slice.attention_work import selected_keys, visible_blocks
+from minimax_jax.rank_slice.ceilings import Ceilings
 
 BF16, WORD = 2, 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Ceilings:
-    """What the device does at best: measured, see `benchmarks.timing`."""
-
-    copy_bytes_per_s: float
-    matmul_flop_per_s: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,16 +27,6 @@ class Work:
     def seconds(self, ceilings: Ceilings) -> float:
         """The floor: whichever of arithmetic and traffic takes longer."""
         return max(self.flops / ceilings.matmul_flop_per_s, self.bytes / ceilings.copy_bytes_per_s)
-
-
-def visible_blocks(query_len: int, prefix: int) -> int:
-    """Blocks that the tokens at prefix .. prefix + query_len - 1 see, summed."""
-    return _blocks_below(prefix + query_len) - _blocks_below(prefix)
-
-
-def selected_keys(query_len: int, prefix: int, topk: int = TOPK) -> int:
-    """Keys that those tokens attend to, summed: topk blocks, the last of them the token's own up to itself."""
-    return _keys_below(prefix + query_len, topk) - _keys_below(prefix, topk)
 
 
 def score_work(case: Case, heads: Heads, cached: int = BF16) -> Work:
@@ -101,17 +85,3 @@ def floor_seconds(op: str, case: Case, heads: Heads, ceilings: Ceilings, cached:
     if op == "chain":
         return fused + attention.seconds(ceilings)
     raise ValueError(f"op = {op!r}: must be score, select, index, attention or chain")
-
-
-def _blocks_below(tokens: int) -> int:
-    whole, rest = divmod(tokens, BLOCK)
-    return BLOCK * whole * (whole + 1) // 2 + rest * (whole + 1)
-
-
-def _keys_below(tokens: int, topk: int) -> int:
-    """Sum over positions p < tokens of min(p + 1, (topk - 1) * B + p % B + 1)."""
-    dense = min(tokens, topk * BLOCK)  # up to here every key is selected
-    keys = dense * (dense + 1) // 2
-    whole, rest = divmod(tokens - dense, BLOCK)
-    base = (topk - 1) * BLOCK
-    return keys + whole * (base * BLOCK + BLOCK * (BLOCK + 1) // 2) + rest * base + rest * (rest + 1) // 2

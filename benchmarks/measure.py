@@ -16,6 +16,7 @@ import numpy as np
 from benchmarks import case_data, floors, ops, timing
 from benchmarks.case_data import Pool, Queries
 from benchmarks.cases import DECODE_OPS, HEADS, PREFILL_OPS, Case, Heads, baseline, decode_cases, prefill_cases
+from minimax_jax.rank_slice.ceilings import Ceilings
 
 FAILED = "FAILED"  # how `Row.refused` starts after an error
 WAVE = 8
@@ -109,7 +110,7 @@ def select_jobs(
 def run_jobs(
     jobs: Sequence[Job],
     impl: str | None,
-    ceilings: floors.Ceilings,
+    ceilings: Ceilings,
     deadline: float,
     say: Callable[[str], None],
     rotate: bool = True,
@@ -195,7 +196,7 @@ def _compile_all(plans: Sequence[_Plan], impl: str | None) -> None:
             task.result()
 
 
-def _time_plan(plan: _Plan, pool: Pool, queries: Queries, rho: float, ceilings: floors.Ceilings) -> list[Row]:
+def _time_plan(plan: _Plan, pool: Pool, queries: Queries, rho: float, ceilings: Ceilings) -> list[Row]:
     job = plan.job
     inputs = case_data.make_inputs(job.case, pool, queries, rho, plan.sets)
     scores: list[Any] = [None] * len(inputs)
@@ -250,7 +251,7 @@ def _row(
     plan: _Plan,
     op: str,
     rho: float,
-    ceilings: floors.Ceilings,
+    ceilings: Ceilings,
     timed: timing.Timing | None = None,
     union: float | None = None,
     refused: str = "",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 EXIT_CODES = """\
 exit codes:
   0    done
-  1    inspect: the checkpoint has problems
+  1    inspect: the checkpoint has problems; bench rank-slice: a case failed
   2    bad usage or bad input; one line on standard error says what
   3    with several processes: one of them was lost, and all have ended
   130  interrupted with Ctrl-C"""
@@ -64,6 +64,17 @@ def number(allowed: str, holds: Callable[[float], bool]) -> Callable[[str], floa
         return value
 
     return parse
+
+
+def add_quantization(parser: argparse.ArgumentParser) -> None:
+    """The option `--quantization` of commands that load a checkpoint."""
+    parser.add_argument(
+        "--quantization",
+        choices=("auto", "none"),
+        default="auto",
+        help="auto: weights of an MXFP8 checkpoint stay in 8 bits; none: they are multiplied out while loading "
+        "(default: auto)",
+    )
 
 
 def integers(least: int) -> Callable[[str], tuple[int, ...]]:

@@ -264,7 +264,9 @@ def _load(args: argparse.Namespace, parallel: ParallelConfig, processes: Process
     from minimax_jax import MiniMaxM3ForCausalLM
 
     _require_device()
-    options: dict[str, Any] = {} if parallel.num_devices == 1 else {"parallel": parallel}
+    options: dict[str, Any] = {"quantization": args.quantization}
+    if parallel.num_devices > 1:
+        options["parallel"] = parallel
     if not processes.is_first:
         options["progress"] = False
     with _memory_errors():

@@ -77,6 +77,7 @@ def _run(args: argparse.Namespace, parallel: ParallelConfig, processes: Processe
     with LLM(
         args.model,
         dtype=args.dtype,
+        quantization=args.quantization,
         parallel=parallel,
         max_batch_size=args.max_batch_size,
         max_num_tokens=args.max_num_tokens,

@@ -27,11 +27,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import jax  # noqa: E402
 
-from benchmarks import timing  # noqa: E402
-from benchmarks.floors import Ceilings  # noqa: E402
 from benchmarks.machine import describe_machine  # noqa: E402
 from benchmarks.products.cases import TOKENS, all_cases  # noqa: E402
 from benchmarks.products.run import run_cases  # noqa: E402
+from minimax_jax.rank_slice.ceilings import Ceilings, measure_ceilings  # noqa: E402
 from minimax_kernels.measured_products import PRODUCTS  # noqa: E402
 
 TABLE = Path("kernels/minimax_kernels/measured_products.py")
@@ -59,7 +58,7 @@ def main() -> int:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - START:6.1f} s] {text}", flush=True)
 
-    ceilings = Ceilings(1e9, 1e9) if args.interpret else timing.measure_ceilings()
+    ceilings = Ceilings(1e9, 1e9) if args.interpret else measure_ceilings()
     say(f"copy {ceilings.copy_bytes_per_s / 1e9:.0f} GB/s, matmul {ceilings.matmul_flop_per_s / 1e12:.0f} TFLOP/s")
     cases = all_cases(tokens, bf16=args.bf16, shrink=args.shrink)
     best, rows = run_cases(cases, ceilings, START + args.limit_s, say, interpret=args.interpret, quick=args.quick)

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from benchmarks.floors import Ceilings
 from benchmarks.products.cases import LOCAL, PER_TOKEN, RANKS, Case, candidates
+from minimax_jax.rank_slice.ceilings import Ceilings
 from minimax_kernels import Mxfp8, Swiglu
 from minimax_kernels.grouped_matmul import reference as grouped_reference
 from minimax_kernels.grouped_matmul.pallas_triton import multiply_groups

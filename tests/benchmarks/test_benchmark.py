@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import case_data, floors, measure, summary, timing
 from benchmarks.cases import BLOCK, DECODE_OPS, HEADS, PREFILL_OPS, TOPK, Case, baseline, decode_cases, prefill_cases
-from benchmarks.floors import Ceilings
+from minimax_jax.rank_slice.ceilings import Ceilings
 
 CASE = Case("prefill", "x", 3, (130, 1, 70), (5 * BLOCK, 0, 20 * BLOCK - 3))
 CEILINGS = Ceilings(3.0e12, 790e12)

@@ -8,18 +8,20 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One kernel: name, stream, start and length in microseconds."""
+    """One kernel: name, stream, start and length in microseconds, and the module it is of, if the profiler says it."""
 
     name: str
     stream: str
     start: float
     length: float
+    module: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Overlap:
         return self.added_us - self.busy_us
 
 
-def profile(run: Callable[[], jax.Array]) -> list[Launch]:
-    """The kernels of one step; empty where the profiler shows none, as on a CPU."""
+def profile(run: Callable[[], Any]) -> list[Launch]:
+    """The kernels of one call, after one that goes unseen; empty where the profiler shows none, as on a CPU."""
     jax.block_until_ready(run())
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
@@ -60,7 +62,13 @@ def read_launches(trace: dict) -> list[Launch]:
         elif event.get("name") == "thread_name":
             threads[event["pid"], event["tid"]] = name
     launches = [
-        Launch(event["name"], thread, float(event["ts"]), float(event.get("dur", 0.0)))
+        Launch(
+            event["name"],
+            thread,
+            float(event["ts"]),
+            float(event.get("dur", 0.0)),
+            str(event.get("args", {}).get("hlo_module", "")),
+        )
         for event in trace.get("traceEvents", [])
         if event.get("ph") == "X"
         and event.get("pid") in devices
