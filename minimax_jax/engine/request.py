@@ -37,12 +37,14 @@ class Request:
         vocab_size: int,
         tokenizer: Tokenizer | None,
         error: Exception | None = None,
+        streams: bool = False,
     ):
         """Checks the request; what is wrong with it becomes its `error`, and it has no sequences then.
 
         Args:
           arrival: earlier ones go first.
           max_seq_len: tokens that prompt and answer have room for.
+          streams: whether every token is wanted as soon as it is there.
         """
         self.request_id, self.prompt, self.token_ids, self.params = request_id, prompt, token_ids, params
         self._tokenizer = tokenizer
@@ -63,7 +65,9 @@ class Request:
             parent = self.sequences[0] if self.sequences else None
             order = (arrival, index)
             text = self._text()
-            self.sequences.append(Sequence(ids, params, order=order, max_new=most, seed=seed, parent=parent, text=text))
+            self.sequences.append(
+                Sequence(ids, params, order=order, max_new=most, seed=seed, parent=parent, text=text, streams=streams)
+            )
 
     def _check(self, max_seq_len: int, vocab_size: int) -> None:
         if not self.token_ids:

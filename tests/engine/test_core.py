@@ -8,17 +8,17 @@ import pytest
 
 from minimax_jax.cache import PageAllocator
 from minimax_jax.engine.core import EngineCore
+from minimax_jax.engine.launched_step import LaunchedStep
 from minimax_jax.engine.sampling_params import SamplingParams
 from minimax_jax.engine.scheduler import Scheduler
 from minimax_jax.engine.sequence import Sequence
 from minimax_jax.engine.step_arrays import SlotTables, StepShape, step_arrays
-from minimax_jax.engine.step_runner import LaunchedStep
 
 
 class PretendedRunner:
     """Makes real arrays of every plan, runs nothing; `fail_at` counts fetches."""
 
-    spans_processes = False
+    spans_processes, decodes_whole = False, True
 
     def __init__(self, segmented: bool, fail_at: int):
         self.pool = SimpleNamespace(num_pages=16, resize=lambda *_, **__: None)
@@ -35,7 +35,7 @@ class PretendedRunner:
         self.fetched += 1
         if self.fetched == self.fail_at:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-        return np.ones((1, 4), int), None
+        return np.ones((1, 4, step.plans[0].num_steps), int), None
 
     def clear_pages(self, wrong):
         pass

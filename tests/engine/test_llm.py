@@ -11,8 +11,8 @@ from small_models import random_prompt, small_model
 
 from minimax_jax import LLM, SamplingParams
 from minimax_jax.engine.build import _batch_sizes, _wide_tables
+from minimax_jax.engine.runner_config import RunnerConfig
 from minimax_jax.engine.sequence_text import SequenceText
-from minimax_jax.engine.step_runner import RunnerConfig
 from minimax_jax.tokenizer import Tokenizer
 
 

@@ -7,9 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minimax_jax.engine.likeliest import likeliest
 from minimax_jax.engine.sampler import SamplingState, _kept, pick_tokens, sampling_state
 
 VOCAB = 12
+_jitted = jax.jit(_kept, static_argnames="candidates")
+
+
+def kept(scaled, top_k, top_p, min_p=0.0, **options):
+    """The mask where all rows have the same parameters."""
+    rows = jnp.ones(scaled.shape[0])
+    return _jitted(scaled, (rows * top_k).astype(jnp.int32), rows * top_p, rows * min_p, **options)
 
 
 def kept_by_definition(logits, top_k, top_p):
@@ -33,10 +41,10 @@ def kept_by_definition(logits, top_k, top_p):
 )
 def test_top_k_and_top_p_keep_what_they_should(logits, top_k, top_p):
     scaled = jnp.array([logits], jnp.float32)
-    mask = _kept(scaled, jnp.int32(top_k or VOCAB), jnp.float32(top_p))
-    got = set(np.flatnonzero(mask[0]).tolist())
     expected = kept_by_definition([float(x) for x in logits], top_k, top_p)
-    assert got == expected
+    for candidates in (VOCAB, 3):  # the whole vocabulary, and where that need not be sorted
+        mask = kept(scaled, top_k or VOCAB, top_p, candidates=candidates)
+        assert set(np.flatnonzero(mask[0]).tolist()) == expected
 
 
 @pytest.mark.parametrize("options", [{"top_k": 1, "top_p": 1.0}, {"top_k": 0, "top_p": 1e-6}])
@@ -91,6 +99,27 @@ def test_rows_of_one_batch_keep_to_their_own_parameters():
 
 def test_min_p_keeps_tokens_that_are_likely_enough_beside_the_likeliest():
     logits = jnp.log(jnp.array([[0.5, 0.26, 0.14, 0.1] + [1e-9] * 8]))
-    for least, kept in ((0.0, 12), (0.1, 4), (0.25, 3), (0.5, 2), (1.0, 1)):
-        mask = _kept(logits, jnp.int32(VOCAB), jnp.float32(1), jnp.float32(least))
-        assert mask.sum() == kept and mask[0, 0]
+    for least, count in ((0.0, 12), (0.1, 4), (0.25, 3), (0.5, 2), (1.0, 1)):
+        mask = kept(logits, VOCAB, 1.0, least)
+        assert mask.sum() == count and mask[0, 0]
+
+
+@given(
+    st.lists(st.integers(-9, 9), min_size=1, max_size=40), st.integers(0, 400), st.sampled_from([0.1, 0.6, 0.95, 1.0]),
+    st.sampled_from([0.0, 0.05]), st.integers(0, 2**16),
+)  # fmt: skip
+def test_rows_of_a_large_vocabulary_keep_the_same_whether_it_is_sorted_or_not(values, top_k, top_p, min_p, seed):
+    """Many equal logits over several blocks; rows of one batch that need the sort and rows that do not."""
+    random = np.random.default_rng(seed)
+    logits = jnp.asarray(random.choice(values, (2, 700)) + random.choice([0.0, 0.25], (2, 700)), jnp.float32)
+    whole = kept(logits, top_k or 700, top_p, min_p, candidates=700)
+    assert (kept(logits, top_k or 700, top_p, min_p, candidates=2) == whole).all()
+
+
+def test_the_likeliest_tokens_are_those_of_top_k():
+    random = np.random.default_rng(0)
+    for options in ({}, {"decimals": 0}):
+        logits = jnp.asarray(np.round(random.normal(size=(3, 5000)), **{"decimals": 6, **options}), jnp.float32)
+        for count in (1, 7, 16):
+            for got, expected in zip(likeliest(logits, count), jax.lax.top_k(logits, count), strict=True):
+                assert (got == expected).all()
