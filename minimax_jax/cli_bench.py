@@ -39,11 +39,22 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     add("--repeats", type=integer(1), default=3, metavar="N", help="timed runs; the median counts (default: 3)")
     add("--max-batch-size", type=integer(1), default=64, metavar="N", help="sequences at once (default: 64)")
     add("--max-num-tokens", type=integer(1), default=8192, metavar="N", help="tokens of a step (default: 8192)")
+    add(
+        "--steps-per-launch",
+        type=_steps,
+        default="auto",
+        metavar="N",
+        help="decode steps of one executable; auto: 8 on a GPU, 1 on a CPU (default: auto)",
+    )
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="weights and caches (default: auto)")
     add("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help="of the random prompts (default: 0)")
     add("--out", type=Path, default=Path("bench"), metavar="DIR", help="folder for the results (default: bench)")
     add_parallel(parser)
     parser.set_defaults(run=_bench)
+
+
+def _steps(text: str) -> int | str:
+    return text if text == "auto" else integer(1, 256)(text)
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import gc
 from collections.abc import Sequence as Rows
 from typing import Any
 
 import jax
 import numpy as np
 
-from minimax_jax.engine.errors import DeviceStepError, NonFiniteLogitsError
+from minimax_jax.engine.errors import DeviceLostError, DeviceStepError, NonFiniteLogitsError
 from minimax_jax.engine.launched_step import LaunchedStep
 from minimax_jax.engine.scheduler import PlannedRow, Scheduler, StepPlan
 from minimax_jax.engine.sequence import Sequence, Status
@@ -110,6 +111,7 @@ class EngineCore:
         Raises:
           jax.errors.JaxRuntimeError: over ranks of several processes, for a step that the device refused. Elsewhere it
             ends one request.
+          DeviceLostError: if the device gives no pages for the other requests to go on with.
         """
         touched: list[Sequence] = []
         num_steps = self._num_steps()
@@ -191,7 +193,14 @@ class EngineCore:
                     own = None if asked is None else jax.tree.map(lambda x, at=at: x[at], asked)
                     if not self._take(sequence, token, row.start + row.num_tokens + place, own):
                         break
-        self.runner.clear_pages(wrong)
+        try:
+            self.runner.clear_pages(wrong)
+        except jax.errors.JaxRuntimeError:
+            if self.runner.spans_processes:
+                raise
+            self._intact = False
+            self.counts.failed_steps += 1
+            self._make_anew()  # all pages are clean then, and whoever runs computes its tokens again
         return touched
 
     def _end_badly(self, row: PlannedRow, place: int) -> list[int]:
@@ -263,16 +272,26 @@ class EngineCore:
         """After the device failed a step: the sequence with the most tokens in it ends, all others compute anew."""
         self.counts.failed_steps += 1
         rows = [row for plan in plans for row in plan.rows if not row.sequence.finished]
-        for scheduler in self.schedulers:
-            scheduler.start_over()
-        self._inflight = None
+        self._make_anew()
         ended = []
         if rows:
             culprit = max(rows, key=lambda row: (row.num_tokens, row.sequence.order)).sequence
             culprit.error = DeviceStepError(sum(row.num_tokens for row in rows), error)
             self._end(culprit, "error")
             ended.append(culprit)
-        # what a failed step had taken is gone: fresh pages and rows, at the same sizes
-        self.runner.pool.resize(self.runner.pool.num_pages, keep=False)
-        self.runner.reset_rows()
         return ended
+
+    def _make_anew(self) -> None:
+        """Fresh pages and rows of the same sizes, since a failed step has taken the old ones; all sequences wait."""
+        for scheduler in self.schedulers:
+            scheduler.start_over()
+        self._inflight = None
+        for last_try in (False, True):
+            try:
+                self.runner.pool.resize(self.schedulers[0].allocator.num_pages, keep=False)
+                self.runner.reset_rows()
+                return
+            except jax.errors.JaxRuntimeError as error:
+                if last_try:
+                    raise DeviceLostError(error) from error
+                gc.collect()  # what the failed step leaves behind may hold memory
