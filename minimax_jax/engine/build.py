@@ -18,6 +18,7 @@ from minimax_jax.engine.engine_config import CacheConfig, DecodeConfig, SegmentC
 from minimax_jax.engine.runner_config import RunnerConfig
 from minimax_jax.engine.scheduler import Scheduler
 from minimax_jax.engine.segmented_prefill import LEAST_BUCKET
+from minimax_jax.engine.step_inputs import LOOP_FEATURES
 from minimax_jax.engine.step_runner import StepRunner
 from minimax_jax.engine.steps import Steps
 from minimax_jax.tensor_table import cache_bytes_per_token
@@ -171,4 +172,4 @@ def warm_up_all(runner: StepRunner, most_pages: int, *, progress: bool) -> None:
     steps = [step for step in steps if step[2] == few or step[1] > few]
     steps += [("decode", count, count, width) for count, width in itertools.product(rows, pages)]
     for step in tqdm(steps[::-1], "warming up", unit="step", disable=None if progress else True, delay=2):
-        runner.warm_up(*step)
+        runner.warm_up(*step, loops=LOOP_FEATURES)

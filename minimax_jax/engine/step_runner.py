@@ -26,15 +26,7 @@ from minimax_jax.engine.scheduler import PlannedRow, StepPlan
 from minimax_jax.engine.segmented_prefill import FlatStep, SegmentedPrefill
 from minimax_jax.engine.sequence import Sequence
 from minimax_jax.engine.step_arrays import SlotTables, StepArrays, StepShape, step_arrays
-from minimax_jax.engine.step_inputs import (
-    EVERYTHING,
-    GREEDY,
-    LOOP_FEATURES,
-    SAMPLED,
-    PickFeatures,
-    PickInputs,
-    StepInputs,
-)  # fmt: skip
+from minimax_jax.engine.step_inputs import EVERYTHING, GREEDY, SAMPLED, PickFeatures, PickInputs, StepInputs
 from minimax_jax.engine.steps import Steps
 from minimax_kernels import Batch
 
@@ -148,11 +140,14 @@ class StepRunner:
         jax.tree.map(_start_copy, (tokens, logprobs, [score.scores for score in scores]))
         return LaunchedStep(tuple(plans), shape.rows, tokens, logprobs, scores, kind, how)
 
-    def warm_up(self, kind: str, num_tokens: int, num_rows: int, num_pages: int) -> None:
+    def warm_up(
+        self, kind: str, num_tokens: int, num_rows: int, num_pages: int, *, loops: Rows[PickFeatures] = (SAMPLED,)
+    ) -> None:
         """Compiles and runs one step of the largest context that `num_pages` hold, which writes to no page.
 
         Args:
           kind: "prefill", with one token of each sequence and what is left of the first, or "decode".
+          loops: where launches take several decode steps, those of `LOOP_FEATURES` whose loops run as well.
         """
         shape = StepShape(num_tokens if kind == "prefill" else num_rows, num_rows, num_pages)
         groups = self._groups
@@ -181,7 +176,7 @@ class StepRunner:
             picked = self._pick(arrays, last, features, *parameters)
         jax.block_until_ready(picked)
         if kind == "decode" and how == "whole" and self.config.steps_per_launch > 1:
-            for features in LOOP_FEATURES:
+            for features in loops:
                 wide = features == EVERYTHING
                 parameters = pick_parameters(nobody, num_rows, self._model.vocab_size, (), widest=wide)
                 picking = features, *self._place(parameters, keep=True)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from segmented_steps import compilations
 from serving import check_nothing_left, checked, small_llm
 from small_models import VOCAB, random_prompt, small_model
 
@@ -18,6 +19,7 @@ from minimax_jax.engine.engine_config import DecodeConfig
 from minimax_jax.engine.errors import NonFiniteLogitsError
 from minimax_jax.engine.graph_options import LOOPS_IN_GRAPHS, GraphedLoop
 from minimax_jax.engine.sampling_params import SamplingParams
+from minimax_jax.engine.step_inputs import EVERYTHING
 
 STEPS, POISON = 4, VOCAB - 1
 PARAMS = {"temperature": 1.3, "max_tokens": 23, "ignore_eos": True, "logprobs": 2, "logit_bias": {POISON: -100}}
@@ -182,6 +184,16 @@ def test_the_pools_stay_in_place_through_the_loop(ahead, model):
         shape = f"f32[{','.join(map(str, pool.shape))}]"
         assert shape in text
         assert not [line for line in text.splitlines() if shape in line and " copy(" in line]
+
+
+def test_a_warm_up_compiles_the_loop_that_serving_runs(ahead):
+    """The tests above have run one; the warm-up finds it compiled."""
+    ahead.generate(prompts(1), SamplingParams(seed=0, **PARAMS))
+    runner = ahead._core.runner
+    runner.warm_up("decode", 8, 8, 32, loops=())
+    before = compilations()
+    runner.warm_up("decode", 8, 8, 32, loops=(EVERYTHING,))
+    assert compilations() == before
 
 
 def test_a_loop_that_xla_refuses_to_put_in_a_graph_runs_without():

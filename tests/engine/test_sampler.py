@@ -12,6 +12,7 @@ from minimax_jax.engine.sampler import SamplingState, _kept, pick_tokens, sampli
 
 VOCAB = 12
 _jitted = jax.jit(_kept, static_argnames="candidates")
+pick = jax.jit(pick_tokens, static_argnames=("greedy", "truncated"))
 
 
 def kept(scaled, top_k, top_p, min_p=0.0, **options):
@@ -51,7 +52,7 @@ def test_top_k_and_top_p_keep_what_they_should(logits, top_k, top_p):
 def test_narrow_sampling_is_greedy(options):
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(5, VOCAB)), jnp.float32)
     state = sampling_state(0, 5, 1.0, options["top_p"], options["top_k"], VOCAB)
-    picked = pick_tokens(logits, jnp.arange(5), state, greedy=False, truncated=True)
+    picked = pick(logits, jnp.arange(5), state, greedy=False, truncated=True)
     assert picked.tolist() == logits.argmax(-1).tolist()
 
 
@@ -60,7 +61,7 @@ def test_samples_follow_the_distribution():
     logits = jnp.asarray([[0.0, 1.0, 2.0, -1.0]])
     draws, temperature = 20_000, 1.7
     state = sampling_state(3, draws, temperature, 1.0, 0, 4)
-    picked = pick_tokens(jnp.repeat(logits, draws, 0), jnp.arange(draws), state, greedy=False, truncated=False)
+    picked = pick(jnp.repeat(logits, draws, 0), jnp.arange(draws), state, greedy=False, truncated=False)
     frequency = np.bincount(np.asarray(picked), minlength=4) / draws
     expected = np.exp(np.asarray(logits[0]) / temperature)
     np.testing.assert_allclose(frequency, expected / expected.sum(), atol=0.015)
@@ -70,8 +71,8 @@ def test_top_p_one_and_top_k_off_change_no_draw():
     logits = jnp.asarray(np.random.default_rng(1).normal(size=(64, VOCAB)), jnp.float32)
     state = sampling_state(5, 64, 0.9, 1.0, 0, VOCAB)
     positions = jnp.arange(64)
-    plain = pick_tokens(logits, positions, state, greedy=False, truncated=False)
-    sorted_path = pick_tokens(logits, positions, state, greedy=False, truncated=True)
+    plain = pick(logits, positions, state, greedy=False, truncated=False)
+    sorted_path = pick(logits, positions, state, greedy=False, truncated=True)
     assert plain.tolist() == sorted_path.tolist()
 
 
@@ -89,10 +90,10 @@ def test_rows_of_one_batch_keep_to_their_own_parameters():
     )
     for position in range(20):
         positions = jnp.full(6, position)
-        together = pick_tokens(logits, positions, state, greedy=False, truncated=True)
+        together = pick(logits, positions, state, greedy=False, truncated=True)
         for row in range(6):
             own = jax.tree.map(lambda x, row=row: x[row : row + 1], state)
-            alone = pick_tokens(logits[row : row + 1], positions[:1], own, greedy=False, truncated=True)
+            alone = pick(logits[row : row + 1], positions[:1], own, greedy=False, truncated=True)
             assert alone[0] == together[row]
         assert together[0] == logits[0].argmax() and together[1] in jnp.argsort(-logits[1])[:3]
 
