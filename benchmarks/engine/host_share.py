@@ -33,8 +33,13 @@ class Variant:
     graph_loop: bool = False
 
     @property
+    def trace(self) -> str:
+        """The file that its profile goes to."""
+        return f"decode_trace_{self.steps_per_launch}{'_graph' if self.graph_loop else ''}.json.gz"
+
+    @property
     def name(self) -> str:
-        """For reports and files."""
+        """For reports."""
         return f"{self.steps_per_launch} a launch{', loop in a graph' if self.graph_loop else ''}"
 
     def launches(self, steps: int) -> int:
@@ -52,7 +57,8 @@ def measure_host_share(
 ) -> Iterator[dict[str, Any]]:
     """Times decode steps of one full batch, sampled with top-k and top-p, in each variant, then profiles some.
 
-    Writes decode_trace_N.json.gz (for ui.perfetto.dev), N the steps a launch, to `out`.
+    Writes a profile of each (`Variant.trace`, for ui.perfetto.dev) to `out`. The sequences go on from variant to
+    variant, so the last ones have longer contexts.
 
     Yields:
       For each variant its fields, and in microseconds a step, from medians over launches: "step_us" of the wall clock;
@@ -105,7 +111,7 @@ def _measured(core: Any, times: _Times, variant: Variant, steps: int, out: Path)
     process = (time.process_time() - cpu) / (time.perf_counter() - begin)
     made = sum(core.counts.steps.values()) - steps_before
     assert made == len(walls) * count, f"{made} steps in {len(walls)} launches of {count}"
-    busy = _profiled(core.step, max(1, PROFILED_STEPS // count), out / f"decode_trace_{count}.json.gz")
+    busy = _profiled(core.step, max(1, PROFILED_STEPS // count), out / variant.trace)
     hosts = [wall - wait for wall, wait in zip(walls, waits, strict=True)]
     a_step = {name: statistics.median(values) * 1e6 / count for name, values in
               {"step_us": walls, "host_us": hosts, "launch_us": launches, "wait_us": waits}.items()}  # fmt: skip
