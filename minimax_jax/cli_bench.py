@@ -43,12 +43,23 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of weights (default: auto)")
     add_cache_dtype(parser)
     add_quantization(parser)
+    add(
+        "--steps-per-launch",
+        type=_steps,
+        default="auto",
+        metavar="N",
+        help="decode steps of one executable; auto: 8 on a GPU, 1 on a CPU (default: auto)",
+    )
     add("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help="of the random prompts (default: 0)")
     add("--out", type=Path, default=Path("bench"), metavar="DIR", help="folder for the results (default: bench)")
     add_parallel(parser)
     parser.set_defaults(run=_bench)
     benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", title="other benchmarks")
     add_rank_slice(benchmarks)
+
+
+def _steps(text: str) -> int | str:
+    return text if text == "auto" else integer(1, 256)(text)
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -237,7 +237,7 @@ class LLM:
         """
         if self._core.runner.spans_processes:
             raise ValueError("generate_async: must run in one process; `generate` and `chat` run in several")
-        request = self._request(prompt, self._spread(sampling_params, 1)[0])
+        request = self._request(prompt, self._spread(sampling_params, 1)[0], streams=True)
         loop = asyncio.get_running_loop()
         newest: list[RequestOutput] = []  # one at most: a slow listener finds no heap of old ones
         arrived = asyncio.Event()
@@ -280,7 +280,9 @@ class LLM:
             raise ValueError(f"sampling_params: must be one SamplingParams, or {count}, one for each prompt")
         return each
 
-    def _request(self, prompt: Any, params: SamplingParams, text: str | None = None) -> Request:
+    def _request(
+        self, prompt: Any, params: SamplingParams, text: str | None = None, *, streams: bool = False
+    ) -> Request:
         tokenizer: Tokenizer | None = None
         try:
             tokenizer = self.tokenizer
@@ -314,6 +316,7 @@ class LLM:
             vocab_size=self.model.config.vocab_size,
             tokenizer=tokenizer,
             error=error,
+            streams=streams,
         )
 
     def _run(self, requests: list[Request], *, use_tqdm: bool) -> list[RequestOutput]:

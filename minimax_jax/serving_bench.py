@@ -83,6 +83,7 @@ def _run(args: argparse.Namespace, parallel: ParallelConfig, processes: Processe
         max_num_tokens=args.max_num_tokens,
         max_seq_len=longest + 1 if texts is None else None,
         cache_config={"enable_reuse": False, "dtype": args.cache_dtype},  # repeats must compute everything again
+        decode_config={"steps_per_launch": args.steps_per_launch},
         progress=processes.is_first,
     ) as llm:
         say = _printer() if processes.is_first else _silent
@@ -201,6 +202,7 @@ def _report(
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "max_batch_size": args.max_batch_size,
         "max_num_tokens": args.max_num_tokens,
+        "steps_per_launch": args.steps_per_launch,
         "repeats": args.repeats,
         "latency": [dataclasses.asdict(point) for point in points],
         "throughput": None if throughput is None else dataclasses.asdict(throughput),

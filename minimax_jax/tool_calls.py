@@ -219,6 +219,9 @@ class _Schemas:
             schema = target
         if not isinstance(schema, Mapping) or depth > _DEPTH:  # a choice may lead back to itself
             return {}
+        if isinstance(schema.get("allOf"), Sequence):
+            own = {key: value for key, value in schema.items() if key != "allOf"}
+            return self._all_of([own, *schema["allOf"]], depth + 1)
         for key in ("anyOf", "oneOf"):
             if isinstance(schema.get(key), Sequence) and "type" not in schema:
                 return self._any_of(schema[key], depth + 1)
@@ -232,6 +235,35 @@ class _Schemas:
             types += _types(choice)
             merged = {**choice, **merged}
         return {**merged, "type": types}
+
+    def _all_of(self, parts: Sequence[Any], depth: int) -> Mapping[str, Any]:
+        """One schema that allows what all of several allow; what two of them say of one thing is joined likewise."""
+        merged: dict[str, Any] = {}
+        for part in (self._resolved(part, depth) for part in parts):
+            for key, value in part.items():
+                known = merged.get(key)
+                if known is None:
+                    merged[key] = value
+                elif key == "type":
+                    allowed = _types(part)
+                    merged[key] = [kind for kind in _types(merged) if kind in allowed or _narrows(kind, allowed)]
+                    merged[key] += [kind for kind in allowed if _narrows(kind, _types({"type": known}))]
+                elif key == "enum":
+                    merged[key] = [one for one in known if one in value]
+                elif key == "properties":
+                    merged[key] = {**known, **{n: _both(known[n], p) if n in known else p for n, p in value.items()}}
+                elif key in ("items", "additionalProperties"):
+                    merged[key] = _both(known, value)
+        return merged
+
+
+def _both(first: Any, second: Any) -> Any:
+    return {"allOf": [first, second]} if first != second else first
+
+
+def _narrows(kind: str, allowed: Sequence[str]) -> bool:
+    """Whether a kind that is not named is allowed as a part of one that is."""
+    return kind == "integer" and "number" in allowed and "integer" not in allowed
 
 
 def _types(schema: Mapping[str, Any]) -> tuple[str, ...]:

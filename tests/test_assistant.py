@@ -160,6 +160,35 @@ def test_a_model_that_repeats_itself_and_odd_schemas_end_no_stream():
     assert call_of(one, {**circle, "properties": {"a": {"$ref": "#/$defs/J"}}}) == {"a": 5}
 
 
+def test_all_of_several_schemas_hold():
+    place = {"type": "object", "properties": {"lat": {"type": "number"}, "name": {"type": ["string", "null"]}}}
+    schema = {
+        "$defs": {"place": place},
+        "allOf": [
+            {"properties": {"count": {"type": ["integer", "string"]}}},
+            {"properties": {"flag": {"type": "boolean"}}},
+        ],
+        "properties": {
+            "count": {"type": "number"},
+            "where": {"allOf": [{"$ref": "#/$defs/place"}, {"properties": {"name": {"type": "string"}}}]},
+            "many": {"type": "array", "items": {"allOf": [{"type": "integer"}]}},
+            "both": {"allOf": [{"enum": [1, 2, 3]}, {"enum": [2, 3, "2"]}]},
+            "any": {"allOf": [{"anyOf": [{"type": "integer"}, {"type": "string"}]}, {"minimum": 1}]},
+            "circle": {"allOf": [{"$ref": "#/properties/circle"}]},
+        },
+    }  # fmt: skip
+    text = "".join(
+        f"{NS}<{name}>{value}{NS}</{name}>"
+        for name, value in {"count": 3, "flag": "true", "both": 2, "any": 7, "circle": 1}.items()
+    )
+    text += f"{NS}<where>{NS}<lat>1.5{NS}</lat>{NS}<name>null{NS}</name>{NS}</where>"
+    text += f"{NS}<many>{NS}<item>4{NS}</item>{NS}<item>5{NS}</item>{NS}</many>"
+    assert call_of(text, schema) == {
+        "count": 3, "flag": True, "both": 2, "any": 7, "circle": "1", "where": {"lat": 1.5, "name": "null"},
+        "many": [4, 5],
+    }  # fmt: skip
+
+
 def test_numbers_that_json_cannot_write_stay_text():
     number = {"properties": {"a": {"type": "number"}}}
     for text in ("NaN", "Infinity", "1e999"):

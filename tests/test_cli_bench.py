@@ -53,6 +53,7 @@ def test_bench_writes_its_results(checkpoint, tmp_path, capsys):
     [
         (["--batch-sizes", "1,x"], "--batch-sizes: must be an integer >= 1, got 'x'"),
         (["--output-len", "1"], "--output-len: must be an integer >= 2, got '1'"),
+        (["--steps-per-launch", "0"], "--steps-per-launch: must be an integer within 1..256, got '0'"),
         (["--prompt-file", "/nowhere"], "/nowhere: No such file or directory"),
         (["--tp", "3"], "tensor = 3: must be one of"),
     ],

@@ -1,14 +1,15 @@
-"""How much of a decode step the host is busy, and how much of it the device waits."""
+"""How much of a decode step the host is busy, by steps a launch, and how much of it the device waits."""
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +18,59 @@ import numpy as np
 
 from benchmarks.engine.rank_llm import rank_llm
 from minimax_jax import LLM, SamplingParams
+from minimax_jax.engine.core import RunAhead
 from minimax_jax.engine.sequence import Sequence
 from minimax_jax.rank_slice.trace import overlap, read_launches
 
-PROFILED_STEPS = 10
+PROFILED_STEPS, SETTLING_LAUNCHES, LEAST_LAUNCHES = 8, 4, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A way to run decode steps: so many a launch; whether their loop lies in one CUDA graph."""
+
+    steps_per_launch: int
+    graph_loop: bool = False
+
+    @property
+    def trace(self) -> str:
+        """The file that its profile goes to."""
+        return f"decode_trace_{self.steps_per_launch}{'_graph' if self.graph_loop else ''}.json.gz"
+
+    @property
+    def name(self) -> str:
+        """For reports."""
+        return f"{self.steps_per_launch} a launch{', loop in a graph' if self.graph_loop else ''}"
+
+    def launches(self, steps: int) -> int:
+        """To time, for about `steps` steps."""
+        return max(LEAST_LAUNCHES, steps // self.steps_per_launch)
+
+    def tokens(self, steps: int) -> int:
+        """Of each sequence, for all launches of a measurement."""
+        profiled = max(1, PROFILED_STEPS // self.steps_per_launch)
+        return (SETTLING_LAUNCHES + self.launches(steps) + profiled + 2) * self.steps_per_launch
 
 
 def measure_host_share(
-    layers: int, batch: int, context: int, steps: int, *, moe: bool, tiny: bool, out: Path
-) -> dict[str, Any]:
-    """Times decode steps of a full batch, sampled with top-k and top-p, then profiles some.
+    layers: int, batch: int, context: int, steps: int, variants: list[Variant], *, moe: bool, tiny: bool, out: Path
+) -> Iterator[dict[str, Any]]:
+    """Times decode steps of one full batch, sampled with top-k and top-p, in each variant, then profiles some.
 
-    Writes decode_trace.json.gz (for ui.perfetto.dev) to `out`.
+    Writes a profile of each (`Variant.trace`, for ui.perfetto.dev) to `out`. The sequences go on from variant to
+    variant, so the last ones have longer contexts.
 
-    Returns:
-      Medians in microseconds: "step_us" of the wall clock; "host_us": of these the host's own work (planning, arrays,
-      launches, taking in tokens); "wait_us": for the device. "host_share" = host_us / step_us. Where the profiler
-      shows kernels, "device_busy_share" of the profiled steps.
+    Yields:
+      For each variant its fields, and in microseconds a step, from medians over launches: "step_us" of the wall clock;
+      "host_us": of these the engine thread's own work, launches included; "launch_us": of that the launches; "wait_us":
+      for the device. "host_share" = host_us / step_us; "process_share": CPU time of all threads of the process over
+      wall time, which counts XLA's threads too, and the polling of some. "device_busy_share" of the profiled steps,
+      which run without CUDA graphs, None where the profiler shows no kernels. "refusal": why the loop is in no graph.
     """
     tokens = max(64 if tiny else 2048, 4 * batch)
     page = 16 if tiny else 128
     # the first sequences go on while the last one's prompt is computed, and all must outlast the measurement
-    new = 2 * batch * context // (tokens - batch) + steps + PROFILED_STEPS + 40
+    new = 2 * batch * context // (tokens - batch) + sum(variant.tokens(steps) for variant in variants) + 40
     width = -(-(context + new) // page)
     llm = rank_llm(
         layers,
@@ -48,54 +80,71 @@ def measure_host_share(
         max_num_tokens=tokens,
         max_seq_len=width * page,
         segment_config={"buckets": (tokens,), "enabled": "always"},
-        decode_config={"batch_sizes": (batch,), "page_buckets": (width,)},
+        decode_config={"batch_sizes": (batch,), "page_buckets": (width,), "steps_per_launch": 1},
         cache_config={"max_tokens": (batch + 1) * width * page},
     )
     with llm:
         core = _core_of(llm, batch, context, new)
         times = _Times(core.runner)
-        for _ in range(10):
-            core.step()
-        walls, waits = [], []
-        for _ in range(steps):
-            times.wait = 0.0
-            start = time.perf_counter()
-            core.step()
-            walls.append(time.perf_counter() - start)
-            waits.append(times.wait)
-        busy = _profiled(core.step, out)
-        batch_now = len(core.schedulers[0].running)
-    assert batch_now == batch, "the batch has changed during the measurement"
+        for variant in variants:
+            yield dataclasses.asdict(variant) | _measured(core, times, variant, steps, out)
+            assert len(core.schedulers[0].running) == batch, "the batch has changed during the measurement"
+
+
+def _measured(core: Any, times: _Times, variant: Variant, steps: int, out: Path) -> dict[str, Any]:
+    count = variant.steps_per_launch
+    core._run_ahead = RunAhead(count)
+    core.runner._decode = core.runner._steps.decoding(graphs=variant.graph_loop)
+    start = time.perf_counter()
+    for _ in range(SETTLING_LAUNCHES):
+        core.step()
+    settled = time.perf_counter() - start
+    walls, waits, launches = [], [], []
+    steps_before, cpu, begin = sum(core.counts.steps.values()), time.process_time(), time.perf_counter()
+    for _ in range(variant.launches(steps)):
+        times.wait = times.launch = 0.0
+        start = time.perf_counter()
+        core.step()
+        walls.append(time.perf_counter() - start)
+        waits.append(times.wait)
+        launches.append(times.launch)
+    process = (time.process_time() - cpu) / (time.perf_counter() - begin)
+    made = sum(core.counts.steps.values()) - steps_before
+    assert made == len(walls) * count, f"{made} steps in {len(walls)} launches of {count}"
+    busy = _profiled(core.step, max(1, PROFILED_STEPS // count), out / variant.trace)
     hosts = [wall - wait for wall, wait in zip(walls, waits, strict=True)]
-    step, host = statistics.median(walls), statistics.median(hosts)
-    return {
-        "layers": layers,
-        "batch": batch,
-        "context": context,
-        "moe": moe,
-        "steps": steps,
-        "step_us": step * 1e6,
-        "host_us": host * 1e6,
-        "wait_us": statistics.median(waits) * 1e6,
-        "host_share": host / step,
+    a_step = {name: statistics.median(values) * 1e6 / count for name, values in
+              {"step_us": walls, "host_us": hosts, "launch_us": launches, "wait_us": waits}.items()}  # fmt: skip
+    return a_step | {
+        "host_share": a_step["host_us"] / a_step["step_us"],
+        "process_share": process,
         "device_busy_share": busy,
+        "first_launches_s": settled,
+        "launches": len(walls),
+        "refusal": core.runner._decode.refusal if variant.graph_loop else None,
     }
 
 
 class _Times:
-    """Counts the time in which the runner waits for the device."""
+    """Counts the time in which the runner launches, and in which it waits for the device."""
 
     def __init__(self, runner: Any):
-        self.wait = 0.0
-        fetch = runner.fetch
+        self.wait = self.launch = 0.0
+        fetch, launch = runner.fetch, runner.launch
 
-        def timed(step: Any) -> Any:
+        def timed_fetch(step: Any) -> Any:
             start = time.perf_counter()
             jax.block_until_ready(step.tokens)
             self.wait += time.perf_counter() - start
             return fetch(step)
 
-        runner.fetch = timed
+        def timed_launch(plans: Any) -> Any:
+            start = time.perf_counter()
+            step = launch(plans)
+            self.launch += time.perf_counter() - start
+            return step
+
+        runner.fetch, runner.launch = timed_fetch, timed_launch
 
 
 def _core_of(llm: LLM, batch: int, context: int, new: int) -> Any:
@@ -111,15 +160,15 @@ def _core_of(llm: LLM, batch: int, context: int, new: int) -> Any:
     return core
 
 
-def _profiled(step: Callable[[], Any], out: Path) -> float | None:
-    """The share of some steps in which the device ran anything; None where the profiler shows no kernels."""
+def _profiled(step: Callable[[], Any], launches: int, trace: Path) -> float | None:
+    """The share of some launches in which the device ran anything; None where the profiler shows no kernels."""
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
-            for _ in range(PROFILED_STEPS):
+            for _ in range(launches):
                 step()
         files = sorted(Path(directory).rglob("*.trace.json.gz"))
         if not files:
             return None
-        shutil.copyfile(files[-1], out / "decode_trace.json.gz")
+        shutil.copyfile(files[-1], trace)
         seen = overlap(read_launches(json.loads(gzip.decompress(files[-1].read_bytes()))))
     return None if seen is None else seen.busy_us / seen.span_us

@@ -55,6 +55,18 @@ class SequencePages:
         """Pages to add before there is room for `num_tokens` tokens."""
         return max(0, -(-num_tokens // self._page_size) - len(self.table))
 
+    def pages_needed(self, first: int, end: int) -> int:
+        """Pages that `grow` would take."""
+        return self.pages_missing(end) + self._copies(first)
+
+    def _copies(self, first: int) -> bool:
+        """Whether the page that token `first` goes to must be copied before it is written."""
+        place = first // self._page_size
+        if place >= len(self.table):
+            return False
+        # a registered page is somebody's to find, though nobody holds it yet
+        return self._allocator.references(self.table[place]) > 1 or self._allocator.is_registered(self.table[place])
+
     def grow(self, first: int, end: int) -> list[tuple[int, int]] | None:
         """Makes room for tokens first .. end - 1, to be written.
 
@@ -62,11 +74,7 @@ class SequencePages:
           (page, copy) pairs: pages to copy on the device before the write, because others read them; None, and
           nothing changed, if there are too few pages.
         """
-        place = first // self._page_size
-        # a registered page is somebody's to find, though nobody holds it yet
-        copy = place < len(self.table) and (
-            self._allocator.references(self.table[place]) > 1 or self._allocator.is_registered(self.table[place])
-        )
+        place, copy = first // self._page_size, self._copies(first)
         needed = self.pages_missing(end) + copy
         if not needed:
             return []

@@ -13,11 +13,13 @@ from minimax_jax.buckets import buckets_up_to
 from minimax_jax.cache import PageAllocator, PagePool
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.engine.cache_sizing import fill_memory
-from minimax_jax.engine.core import EngineCore
+from minimax_jax.engine.core import EngineCore, RunAhead
 from minimax_jax.engine.engine_config import CacheConfig, DecodeConfig, SegmentConfig
+from minimax_jax.engine.runner_config import RunnerConfig
 from minimax_jax.engine.scheduler import Scheduler
 from minimax_jax.engine.segmented_prefill import LEAST_BUCKET
-from minimax_jax.engine.step_runner import RunnerConfig, StepRunner
+from minimax_jax.engine.step_inputs import LOOP_FEATURES
+from minimax_jax.engine.step_runner import StepRunner
 from minimax_jax.engine.steps import Steps
 from minimax_jax.tensor_table import cache_bytes_per_token
 
@@ -85,6 +87,7 @@ def build_core(
     if not measured and most is None:
         most = max(1, min(limits.max_batch_size * width, _CPU_CACHE_BYTES // page_bytes))
     page_buckets = decode.page_buckets or (None if device.platform == "cpu" else _wide_tables(width))
+    steps_per_launch = decode.steps_on(device.platform)
     place = leaves[0].sharding if steps.ranks is None else steps.ranks.cache_placement
     small = limits.max_batch_size if most is None else min(most, limits.max_batch_size)
     pool = PagePool(config, small, dtype, place)
@@ -100,6 +103,8 @@ def build_core(
             pad_batches=decode.enable_padding,
             token_buckets=buckets,
             page_buckets=page_buckets,
+            steps_per_launch=steps_per_launch,
+            graph_loops=decode.graph_loops,
         ),
         end_ids=end_ids,
         max_pages=width,
@@ -134,7 +139,8 @@ def build_core(
         )
         for _ in range(1 if steps.ranks is None else steps.ranks.groups)
     ]
-    return EngineCore(runner, schedulers, end_ids=end_ids)
+    run_ahead = RunAhead(steps_per_launch, while_streaming=decode.steps_per_launch != "auto")
+    return EngineCore(runner, schedulers, end_ids=end_ids, run_ahead=run_ahead)
 
 
 def _batch_sizes(most: int) -> tuple[int, ...]:
@@ -166,4 +172,4 @@ def warm_up_all(runner: StepRunner, most_pages: int, *, progress: bool) -> None:
     steps = [step for step in steps if step[2] == few or step[1] > few]
     steps += [("decode", count, count, width) for count, width in itertools.product(rows, pages)]
     for step in tqdm(steps[::-1], "warming up", unit="step", disable=None if progress else True, delay=2):
-        runner.warm_up(*step)
+        runner.warm_up(*step, loops=LOOP_FEATURES)

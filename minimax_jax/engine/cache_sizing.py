@@ -7,52 +7,11 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
-from jaxtyping import Array
 
 from minimax_jax.cache import PagePool
-from minimax_jax.config import MiniMaxM3Config
-from minimax_jax.engine.segmented_prefill import SegmentedPrefill
 from minimax_jax.parallel.processes import smallest_of_all
-from minimax_jax.tensor_table import cache_bytes_per_token
 
 _PIECE_BYTES = 1 << 28
-
-
-def sized_pool(
-    steps: SegmentedPrefill,
-    leaves: list[Array],
-    config: MiniMaxM3Config,
-    dtype: DTypeLike,
-    *,
-    num_pages: int | None = None,
-    memory_fraction: float = 0.9,
-) -> PagePool:
-    """A pool as large as the device allows, with every bucket of `steps` captured over it.
-
-    The steps are first warmed up and captured, largest first, over a pool that is just large enough; the peak of
-    memory then tells what is left. The small pool is freed, which invalidates the captures, before the final one
-    is made; capturing again compiles only what takes the pool itself.
-
-    Args:
-      num_pages: given, nothing is measured (a CPU tells no memory).
-      memory_fraction: of the device's memory, for everything.
-
-    Raises:
-      ValueError: if the device tells no memory and `num_pages` is None, or not even one sequence would fit.
-    """
-    small = -(-steps.layers.buckets[-1] // config.index_block_size)
-    pool = PagePool(config, small if num_pages is None else min(small, num_pages), dtype, leaves[0].sharding)
-    page_bytes = config.index_block_size * cache_bytes_per_token(config, itemsize=jax.numpy.dtype(dtype).itemsize)
-    fill_memory(
-        pool,
-        lambda: steps.warm_up(leaves, pool),
-        next(iter(leaves[0].devices())),
-        page_bytes,
-        num_pages=num_pages,
-        memory_fraction=memory_fraction,
-    )
-    return pool
 
 
 def fill_memory(
@@ -71,10 +30,12 @@ def fill_memory(
       warm_up: runs the largest steps over the pool as it is.
       device: one of those that the pool lies on, all of which hold as much.
       page_bytes: of one page in all layers, on that device.
-      num_pages, memory_fraction: as in `sized_pool`; most_pages: at most so many, None for no limit.
+      num_pages: given, nothing is measured (a CPU tells no memory).
+      most_pages: at most so many, None for no limit.
+      memory_fraction: of the device's memory, for everything.
 
     Raises:
-      ValueError: as `sized_pool`.
+      ValueError: if the device tells no memory and `num_pages` is None, or not even one page would fit.
     """
     if num_pages is not None:
         warm_up()

@@ -1,20 +1,22 @@
-"""The engine's loop: plan the next step while the last one runs, launch it, then read the last one's tokens."""
+"""The engine's loop: plan the next launch while the last one runs, make it, then read the last one's tokens."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import gc
 from collections.abc import Sequence as Rows
 from typing import Any
 
 import jax
 import numpy as np
 
-from minimax_jax.engine.errors import DeviceStepError, NonFiniteLogitsError
+from minimax_jax.engine.errors import DeviceLostError, DeviceStepError, NonFiniteLogitsError
+from minimax_jax.engine.launched_step import LaunchedStep
 from minimax_jax.engine.scheduler import PlannedRow, Scheduler, StepPlan
 from minimax_jax.engine.sequence import Sequence, Status
-from minimax_jax.engine.step_runner import LaunchedStep, StepRunner
-from minimax_jax.engine.steps import BAD_LOGITS
+from minimax_jax.engine.step_inputs import BAD_LOGITS
+from minimax_jax.engine.step_runner import StepRunner
 
 
 @dataclasses.dataclass
@@ -22,31 +24,55 @@ class CoreCounts:
     """What the loop did so far.
 
     Attributes:
+      launches: of a step, or of several.
       steps: by (kind, execution).
       prompt_tokens, new_tokens: computed, and chosen and read.
       failed_steps: that the device refused.
     """
 
+    launches: int = 0
     steps: collections.Counter[tuple[str, str]] = dataclasses.field(default_factory=collections.Counter)
     prompt_tokens: int = 0
     new_tokens: int = 0
     failed_steps: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class RunAhead:
+    """When a launch may take several decode steps.
+
+    Attributes:
+      num_steps: so many, 1 for never.
+      while_streaming: whether also while somebody is told of every token.
+    """
+
+    num_steps: int = 1
+    while_streaming: bool = True
+
+
 class EngineCore:
-    """Runs sequences to their ends, one step a call. One thread at a time; nothing runs between the calls.
+    """Runs sequences to their ends, one launch a call. One thread at a time; nothing runs between the calls.
 
     Attributes:
       runner: the device's side; schedulers: one a data rank.
       counts: what was done.
     """
 
-    def __init__(self, runner: StepRunner, schedulers: Rows[Scheduler], *, end_ids: Rows[int] = ()):
+    def __init__(
+        self,
+        runner: StepRunner,
+        schedulers: Rows[Scheduler],
+        *,
+        end_ids: Rows[int] = (),
+        run_ahead: RunAhead = RunAhead(),
+    ):
         """
         Args:
           end_ids: end-of-text tokens.
+          run_ahead: when a launch takes several steps.
         """
         self.runner, self.schedulers = runner, list(schedulers)
+        self._run_ahead = run_ahead
         self.counts = CoreCounts()
         self._end_ids = frozenset(end_ids)
         self._inflight: LaunchedStep | None = None
@@ -80,14 +106,16 @@ class EngineCore:
             self._end(sequence, "abort")
 
     def step(self) -> list[Sequence]:
-        """Launches the next step and reads the one before; returns the sequences that got a token or ended.
+        """Launches what comes next and reads the launch before; returns the sequences that got tokens or ended.
 
         Raises:
           jax.errors.JaxRuntimeError: over ranks of several processes, for a step that the device refused. Elsewhere it
             ends one request.
+          DeviceLostError: if the device gives no pages for the other requests to go on with.
         """
         touched: list[Sequence] = []
-        plans = [scheduler.schedule() for scheduler in self.schedulers]
+        num_steps = self._num_steps()
+        plans = [scheduler.schedule(num_steps) for scheduler in self.schedulers]
         if self._inflight is not None and any(p.rows for p in plans) and self.runner.needs_known_tokens(plans):
             touched += self._read()
             if not self._intact:  # all sequences wait again: these plans are of their last life
@@ -107,8 +135,21 @@ class EngineCore:
         self._inflight = launched if self._intact else None
         return touched
 
+    def _num_steps(self) -> int:
+        """Steps that the next launch takes."""
+        most, running = self._run_ahead.num_steps, [s for scheduler in self.schedulers for s in scheduler.running]
+        if most == 1 or self._children or not self.runner.decodes_whole:
+            return 1
+        # steps that nobody needs cost the device less than a launch for each of the last few
+        if max((sequence.num_left for sequence in running), default=0) <= most // 2:
+            return 1
+        if not self._run_ahead.while_streaming and any(sequence.streams for sequence in running):
+            return 1
+        return most if all(scheduler.may_run_ahead(most) for scheduler in self.schedulers) else 1
+
     def _count(self, step: LaunchedStep) -> None:
-        self.counts.steps[step.kind, step.how] += 1
+        self.counts.launches += 1
+        self.counts.steps[step.kind, step.how] += step.plans[0].num_steps
         if step.kind == "prefill":
             rows = (row for plan in step.plans for row in plan.rows)
             self.counts.prompt_tokens += sum(row.num_tokens for row in rows if row.start < row.sequence.num_prompt)
@@ -132,38 +173,59 @@ class EngineCore:
         for group, plan in enumerate(step.plans):
             chosen = tokens[group].tolist()
             for number, row in enumerate(plan.rows):
-                sequence, token = row.sequence, chosen[number]
+                sequence = row.sequence
                 if sequence.finished:
                     continue
-                if token == BAD_LOGITS:
-                    sequence.error = NonFiniteLogitsError(row.start + row.num_tokens - 1)
-                    wrong[group] += self._end(sequence, "error", discard=True)
-                    touched.append(sequence)
+                if not row.num_chosen:
+                    if chosen[number][0] == BAD_LOGITS:
+                        wrong[group] += self._end_badly(row, 0)
+                        touched.append(sequence)
+                    else:
+                        self._register(sequence, row.end)
                     continue
-                at = (group, number)
-                own = None if logprobs is None else jax.tree.map(lambda x, at=at: x[at], logprobs)
-                if self._take(row, token, own):
-                    touched.append(sequence)
-        self.runner.clear_pages(wrong)
+                touched.append(sequence)
+                asked = None if logprobs is None or sequence.params.logprobs is None else logprobs
+                for place, token in enumerate(chosen[number][: row.num_chosen]):
+                    if token == BAD_LOGITS:
+                        wrong[group] += self._end_badly(row, place)
+                        break
+                    at = (group, number, place)
+                    own = None if asked is None else jax.tree.map(lambda x, at=at: x[at], asked)
+                    if not self._take(sequence, token, row.start + row.num_tokens + place, own):
+                        break
+        try:
+            self.runner.clear_pages(wrong)
+        except jax.errors.JaxRuntimeError:
+            if self.runner.spans_processes:
+                raise
+            self._intact = False
+            self.counts.failed_steps += 1
+            self._make_anew()  # all pages are clean then, and whoever runs computes its tokens again
         return touched
 
-    def _take(self, row: PlannedRow, token: int, logprobs: Any) -> bool:
-        """One row's result; False if it only computed a part of a prompt."""
-        sequence = row.sequence
-        if row.chooses:
-            sequence.append(token)
-            self.counts.new_tokens += 1
-            if sequence.params.logprobs is not None:
-                sequence.logprobs.append(logprobs)
+    def _end_badly(self, row: PlannedRow, place: int) -> list[int]:
+        """Ends a row after whose step number `place` there was nothing to choose from; returns pages to clear."""
+        row.sequence.error = NonFiniteLogitsError(row.start + row.num_tokens - 1 + place)
+        return self._end(row.sequence, "error", discard=True)
+
+    def _take(self, sequence: Sequence, token: int, computed: int, logprobs: Any) -> bool:
+        """A token that was chosen once `computed` tokens were in the caches; whether the sequence goes on."""
+        sequence.append(token)
+        self.counts.new_tokens += 1
+        if logprobs is not None:
+            sequence.logprobs.append(logprobs)
+        self._register(sequence, computed)
+        self._release_children(sequence)
+        self._check_end(sequence, token)
+        return not sequence.finished
+
+    def _register(self, sequence: Sequence, computed: int) -> None:
+        """Lets others find the pages that the first `computed` tokens, as far as they are known, have filled."""
         if sequence.status is Status.RUNNING:
             assert sequence.pages is not None
-            computed = min(row.start + row.num_tokens, sequence.num_known)
+            computed = min(computed, sequence.num_known)
             if sequence.pages.fills_a_page(computed):
                 sequence.pages.register(sequence.known[:computed])
-        if row.chooses:
-            self._release_children(sequence)
-            self._check_end(sequence, token)
-        return row.chooses
 
     def _check_end(self, sequence: Sequence, token: int) -> None:
         params, length = sequence.params, sequence.num_known - sequence.num_prompt
@@ -210,16 +272,26 @@ class EngineCore:
         """After the device failed a step: the sequence with the most tokens in it ends, all others compute anew."""
         self.counts.failed_steps += 1
         rows = [row for plan in plans for row in plan.rows if not row.sequence.finished]
-        for scheduler in self.schedulers:
-            scheduler.start_over()
-        self._inflight = None
+        self._make_anew()
         ended = []
         if rows:
             culprit = max(rows, key=lambda row: (row.num_tokens, row.sequence.order)).sequence
             culprit.error = DeviceStepError(sum(row.num_tokens for row in rows), error)
             self._end(culprit, "error")
             ended.append(culprit)
-        # what a failed step had taken is gone: fresh pages and rows, at the same sizes
-        self.runner.pool.resize(self.runner.pool.num_pages, keep=False)
-        self.runner.reset_rows()
         return ended
+
+    def _make_anew(self) -> None:
+        """Fresh pages and rows of the same sizes, since a failed step has taken the old ones; all sequences wait."""
+        for scheduler in self.schedulers:
+            scheduler.start_over()
+        self._inflight = None
+        for last_try in (False, True):
+            try:
+                self.runner.pool.resize(self.schedulers[0].allocator.num_pages, keep=False)
+                self.runner.reset_rows()
+                return
+            except jax.errors.JaxRuntimeError as error:
+                if last_try:
+                    raise DeviceLostError(error) from error
+                gc.collect()  # what the failed step leaves behind may hold memory

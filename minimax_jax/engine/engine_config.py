@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 from minimax_jax.cache import check_cache_dtype
 
 Config = TypeVar("Config")
+MOST_STEPS = 256  # of one launch
+_AUTO_STEPS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +78,31 @@ class DecodeConfig:
       enable_padding: whether a batch is padded up to one of them; without it each size that occurs is compiled.
       page_buckets: widths of block tables to compile for, of all steps; None for 8, 32, 128, ..., on a CPU for powers
         of two and three quarters of these.
+      steps_per_launch: steps that one executable takes while no prompt waits to be computed; their tokens are read
+        together. "auto" for 8 on a GPU, where launching a step takes the host longer than the device needs for it, but
+        1 while anybody streams (`generate_async`), and on a CPU.
+      graph_loops: whether on a GPU such steps are compiled into one CUDA graph with a loop in it, where the driver can.
     """
 
     batch_sizes: tuple[int, ...] | None = None
     enable_padding: bool = True
     page_buckets: tuple[int, ...] | None = None
+    steps_per_launch: int | str = "auto"
+    graph_loops: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_sizes", "page_buckets"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _sizes(name, getattr(self, name)))
+        steps = self.steps_per_launch
+        if steps != "auto" and not (isinstance(steps, int) and _is_int(steps) and 1 <= steps <= MOST_STEPS):
+            raise ValueError(f"steps_per_launch = {steps!r}: must be an integer within 1..{MOST_STEPS}, or 'auto'")
+
+    def steps_on(self, platform: str) -> int:
+        """Steps of a launch on "gpu", "cpu", ..., where nothing speaks against more than one."""
+        if isinstance(self.steps_per_launch, str):
+            return 1 if platform == "cpu" else _AUTO_STEPS
+        return self.steps_per_launch
 
 
 def config_from(name: str, kind: type[Config], value: Config | Mapping[str, Any] | None) -> Config:

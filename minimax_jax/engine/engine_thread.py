@@ -82,10 +82,12 @@ class EngineThread:
                 left = {id(request): (request, listener) for request, listener in told}
                 self._live.clear()
                 self._arrived.clear()
-            reason = "was closed" if self._failure is None else f"died: {self._failure}"
+            died = self._failure is not None
+            what = f"died: {self._failure}" if died else "was closed"
             for request, listener in left.values():
                 if not request.finished:
-                    request.fail(EngineClosedError(f"the engine {reason} before this request was done"))
+                    closed = EngineClosedError(f"the engine {what} before this request was done")
+                    request.fail(closed, "error" if died else "abort")
                 _listens(request, listener)
 
     def _wait(self) -> bool:

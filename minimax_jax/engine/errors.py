@@ -24,5 +24,14 @@ class DeviceStepError(RequestError):
         self.__cause__ = cause
 
 
+class DeviceLostError(RuntimeError):
+    """The device failed a step, and then gave no fresh pages either: the engine ends."""
+
+    def __init__(self, cause: Exception):
+        text = (str(cause).splitlines() or [type(cause).__name__])[0]
+        super().__init__(f"the device failed a step, and there are no pages on it any more: {text}")
+        self.__cause__ = cause
+
+
 class EngineClosedError(RequestError):
     """The engine was closed, or died, before the request was done."""

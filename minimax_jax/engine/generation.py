@@ -14,11 +14,12 @@ from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.engine.core import EngineCore
 from minimax_jax.engine.execution import check_execution
 from minimax_jax.engine.generation_config import GenerationConfig
+from minimax_jax.engine.runner_config import RunnerConfig
 from minimax_jax.engine.sampling_params import SamplingParams
 from minimax_jax.engine.scheduler import Scheduler
 from minimax_jax.engine.segmented_prefill import LEAST_BUCKET
 from minimax_jax.engine.sequence import Sequence
-from minimax_jax.engine.step_runner import RunnerConfig, StepRunner
+from minimax_jax.engine.step_runner import StepRunner
 from minimax_jax.engine.steps import MAX_PREFILL_TOKENS, Steps
 
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from minimax_jax.engine.likeliest import likeliest
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -31,5 +33,5 @@ def token_logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "R"], most: i
     logs = jax.nn.log_softmax(logits, axis=-1)
     own = jnp.take_along_axis(logs, tokens[:, None], axis=-1)
     ranks = jnp.sum(logs > own, axis=-1) + 1
-    top, top_ids = jax.lax.top_k(logs, most)
-    return TokenLogprobs(own[:, 0], ranks.astype(jnp.int32), top_ids.astype(jnp.int32), top)
+    top, top_ids = likeliest(logs, most)
+    return TokenLogprobs(own[:, 0], ranks.astype(jnp.int32), top_ids, top)

@@ -90,40 +90,50 @@ class RequestOutput:
     error: Exception | None = None
 
 
-def completion_output(index: int, sequence: Sequence, token_text: Callable[[int], str] | None) -> CompletionOutput:
-    """A sequence as it is now."""
-    logprobs, total = None, None
-    token_ids = sequence.output.tolist()
-    if (most := sequence.params.logprobs) is not None:
-        logprobs = [
-            _logprobs(own, token, most, token_text) for own, token in zip(sequence.logprobs, token_ids, strict=False)
-        ]
-        total = float(sum(own.own for own in sequence.logprobs))
-    return CompletionOutput(
-        index=index,
-        text="" if sequence.text is None else sequence.text.text,
-        token_ids=token_ids,
-        logprobs=logprobs,
-        cumulative_logprob=total,
-        finish_reason=sequence.finish_reason,
-        stop_reason=sequence.stop_reason,
-    )
+class GrowingAnswer:
+    """Makes outputs of a sequence as it grows: what is new is looked at once, and the rest kept from the last time."""
 
+    def __init__(self, index: int, sequence: Sequence, token_text: Callable[[int], str] | None):
+        """
+        Args:
+          token_text: a token's text alone; None without a tokenizer.
+        """
+        self._index, self._sequence, self._token_text = index, sequence, token_text
+        self._token_ids: list[int] = []
+        self._logprobs: list[dict[int, Logprob]] = []
+        self._prompt_logprobs: list[dict[int, Logprob] | None] = [None]
+        self._total = 0.0
 
-def prompt_logprobs(
-    sequence: Sequence, token_text: Callable[[int], str] | None
-) -> list[dict[int, Logprob] | None] | None:
-    """Of the prompt's tokens, as far as they are computed."""
-    most = sequence.params.prompt_logprobs
-    if most is None:
-        return None
-    found: list[dict[int, Logprob] | None] = [None]
-    for place in range(1, sequence.num_prompt):
-        if place not in sequence.prompt_logprobs:
-            break
-        scores = sequence.prompt_logprobs[place]
-        found.append(_logprobs(scores, int(sequence.known[place]), most, token_text))
-    return found
+    def output(self) -> CompletionOutput:
+        """The answer as it is now; the lists are the caller's own."""
+        sequence = self._sequence
+        self._token_ids += sequence.output[len(self._token_ids) :].tolist()
+        most = sequence.params.logprobs
+        if most is not None:
+            first = len(self._logprobs)
+            for scores, token in zip(sequence.logprobs[first:], self._token_ids[first:], strict=False):
+                self._logprobs.append(_logprobs(scores, token, most, self._token_text))
+                self._total += float(scores.own)
+        return CompletionOutput(
+            index=self._index,
+            text="" if sequence.text is None else sequence.text.text,
+            token_ids=self._token_ids.copy(),
+            logprobs=None if most is None else self._logprobs.copy(),
+            cumulative_logprob=None if most is None else self._total,
+            finish_reason=sequence.finish_reason,
+            stop_reason=sequence.stop_reason,
+        )
+
+    def prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        """Of the prompt's tokens, as far as they are computed."""
+        sequence, found = self._sequence, self._prompt_logprobs
+        most = sequence.params.prompt_logprobs
+        if most is None:
+            return None
+        while len(found) < sequence.num_prompt and len(found) in sequence.prompt_logprobs:
+            scores = sequence.prompt_logprobs[len(found)]
+            found.append(_logprobs(scores, int(sequence.known[len(found)]), most, self._token_text))
+        return found.copy()
 
 
 def _logprobs(scores: Any, token: int, most: int, token_text: Callable[[int], str] | None) -> dict[int, Logprob]:

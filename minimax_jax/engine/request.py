@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 
 import numpy as np
 
-from minimax_jax.engine.outputs import RequestMetrics, RequestOutput, completion_output, prompt_logprobs
+from minimax_jax.engine.outputs import GrowingAnswer, RequestMetrics, RequestOutput
 from minimax_jax.engine.sampling_params import SamplingParams
 from minimax_jax.engine.sequence import Sequence
 from minimax_jax.engine.sequence_text import SequenceText
@@ -37,16 +36,19 @@ class Request:
         vocab_size: int,
         tokenizer: Tokenizer | None,
         error: Exception | None = None,
+        streams: bool = False,
     ):
         """Checks the request; what is wrong with it becomes its `error`, and it has no sequences then.
 
         Args:
           arrival: earlier ones go first.
           max_seq_len: tokens that prompt and answer have room for.
+          streams: whether every token is wanted as soon as it is there.
         """
         self.request_id, self.prompt, self.token_ids, self.params = request_id, prompt, token_ids, params
         self._tokenizer = tokenizer
         self.sequences: list[Sequence] = []
+        self._answers: list[GrowingAnswer] = []
         self._error = error
         self._metrics = RequestMetrics(time.monotonic())
         if error is None:
@@ -63,7 +65,12 @@ class Request:
             parent = self.sequences[0] if self.sequences else None
             order = (arrival, index)
             text = self._text()
-            self.sequences.append(Sequence(ids, params, order=order, max_new=most, seed=seed, parent=parent, text=text))
+            self.sequences.append(
+                Sequence(ids, params, order=order, max_new=most, seed=seed, parent=parent, text=text, streams=streams)
+            )
+
+        token_text = None if tokenizer is None else lambda token: tokenizer.decode([token], skip_special_tokens=False)
+        self._answers = [GrowingAnswer(index, sequence, token_text) for index, sequence in enumerate(self.sequences)]
 
     def _check(self, max_seq_len: int, vocab_size: int) -> None:
         if not self.token_ids:
@@ -104,9 +111,16 @@ class Request:
         if self._metrics.finished is None and self.finished:
             self._metrics = dataclasses.replace(self._metrics, finished=now)
 
-    def fail(self, error: Exception) -> None:
-        """Ends it from outside."""
+    def fail(self, error: Exception, reason: str) -> None:
+        """Ends it from outside.
+
+        Args:
+          reason: the `finish_reason` of its answers that were not done, "abort" or "error".
+        """
         self._error = error
+        for sequence in self.sequences:
+            if sequence.finish_reason is None:
+                sequence.finish_reason = reason
 
     @property
     def finished(self) -> bool:
@@ -115,17 +129,13 @@ class Request:
 
     def output(self) -> RequestOutput:
         """As it is now; a copy that does not change any more."""
-        token_text: Callable[[int], str] | None = None
-        if self._tokenizer is not None:
-            tokenizer = self._tokenizer
-            token_text = lambda token: tokenizer.decode([token], skip_special_tokens=False)  # noqa: E731
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.token_ids,
-            outputs=[completion_output(i, sequence, token_text) for i, sequence in enumerate(self.sequences)],
+            outputs=[answer.output() for answer in self._answers],
             finished=self.finished,
-            prompt_logprobs=prompt_logprobs(self.sequences[0], token_text) if self.sequences else None,
+            prompt_logprobs=self._answers[0].prompt_logprobs() if self._answers else None,
             num_cached_tokens=(self.sequences[0].found or 0) if self.sequences else 0,
             metrics=self._metrics,
             error=self.error,

@@ -33,6 +33,8 @@ class Adjustments:
     Attributes:
       repetition, presence, frequency: penalties; 1, 0 and 0 do nothing.
       bias_ids, bias_values: added to single logits; M is 0 where no row has any, ids of V or more do nothing.
+      ends: tokens that end the row; ids of V or more are none.
+      ends_from: the first position at which one of them may be chosen.
     """
 
     repetition: Float[Array, "R"]
@@ -40,6 +42,8 @@ class Adjustments:
     frequency: Float[Array, "R"]
     bias_ids: Int[Array, "R M"]
     bias_values: Float[Array, "R M"]
+    ends: Int[Array, "R E"]
+    ends_from: Int[Array, "R"]
 
 
 def empty_rows(num_slots: int, vocab_size: int) -> RowState:
@@ -76,14 +80,23 @@ def record_tokens(state: RowState, slots: Int[Array, "R"], tokens: Int[Array, "R
 
 
 def adjust_logits(
-    logits: Float[Array, "R V"], state: RowState, slots: Int[Array, "R"], changes: Adjustments, *, penalized: bool
+    logits: Float[Array, "R V"],
+    state: RowState,
+    slots: Int[Array, "R"],
+    positions: Int[Array, "R"],
+    changes: Adjustments,
+    *,
+    penalized: bool,
+    held: bool,
 ) -> Float[Array, "R V"]:
     """Logits with penalties and biases.
 
     Args:
-      slots: of the rows.
+      slots: of the rows; positions: where their new tokens will stand.
       penalized: static; whether any row has penalties.
+      held: static; whether any row may not end yet.
     """
+    rows = jnp.arange(logits.shape[0])[:, None]
     if penalized:
         counts = state.output_counts.at[slots].get(mode="clip")
         in_output = counts > 0
@@ -92,6 +105,8 @@ def adjust_logits(
         logits = jnp.where(logits > 0, logits / penalty, logits * penalty)
         logits = logits - changes.frequency[:, None] * counts - changes.presence[:, None] * in_output
     if changes.bias_ids.shape[1]:
-        rows = jnp.arange(logits.shape[0])[:, None]
         logits = logits.at[rows, changes.bias_ids].add(changes.bias_values, mode="drop")
+    if held:
+        banned = jnp.where(positions[:, None] < changes.ends_from[:, None], changes.ends, logits.shape[1])
+        logits = logits.at[rows, banned].set(-jnp.inf, mode="drop")
     return logits

@@ -118,6 +118,10 @@ class SamplingParams:
                 if token_id >= vocab_size:
                     raise ValueError(f"{name} has token id {token_id}: must be within 0..{vocab_size - 1}")
 
+    def ends(self, end_ids: Sequence[int]) -> tuple[int, ...]:
+        """The tokens that end an answer, of which `end_ids` are the model's end-of-text tokens."""
+        return tuple(self.stop_token_ids) if self.ignore_eos else (*self.stop_token_ids, *end_ids)
+
     @property
     def greedy(self) -> bool:
         """Whether every token is the most likely one."""

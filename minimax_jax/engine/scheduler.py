@@ -11,36 +11,44 @@ from minimax_jax.engine.sequence import NO_SLOT, Sequence, Status
 
 
 class PlannedRow(NamedTuple):
-    """One sequence's part of a step; a named tuple, since each step makes one for every sequence.
+    """One sequence's part of a launch; a named tuple, since each launch makes one for every sequence.
 
     Attributes:
-      start, num_tokens: which of its tokens are computed.
-      chooses: whether its next token is chosen, because the last one is among them.
-      begins: whether it takes its slot with this step.
+      start, num_tokens: which of its tokens the first step computes.
+      num_chosen: tokens that are chosen, one a step: 0 unless the sequence's last token is among those. All but the
+        last of them are computed as well.
+      begins: whether it takes its slot with this launch.
     """
 
     sequence: Sequence
     start: int
     num_tokens: int
-    chooses: bool
+    num_chosen: int
     begins: bool
+
+    @property
+    def end(self) -> int:
+        """The first token that is not computed."""
+        return self.start + self.num_tokens + max(self.num_chosen - 1, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """What one step computes.
+    """What one launch computes: a step, or several of one token a row.
 
     Attributes:
       rows: the sequences, those with one token first.
       copies: (page, copy) pairs, to be copied before the step.
+      num_steps: steps of the launch.
     """
 
     rows: tuple[PlannedRow, ...] = ()
     copies: tuple[tuple[int, int], ...] = ()
+    num_steps: int = 1
 
     @property
     def num_tokens(self) -> int:
-        """Tokens to compute."""
+        """Tokens that the first step computes."""
         return sum(row.num_tokens for row in self.rows)
 
     def unfinished(self) -> StepPlan:
@@ -116,11 +124,38 @@ class Scheduler:
         sequence.pages.release()
         return []
 
-    def schedule(self) -> StepPlan:
-        """The next step, which must then be launched; empty if there is nothing to do.
+    def may_run_ahead(self, num_steps: int) -> bool:
+        """Whether a launch may take several steps: no part of a prompt waits to be computed, and there are pages."""
+        needed = 0
+        for sequence in self.running:
+            if (uncomputed := sequence.num_uncomputed) > 1:
+                return False
+            if uncomputed:
+                assert sequence.pages is not None
+                first = sequence.num_computed
+                needed += sequence.pages.pages_needed(first, first + min(num_steps, sequence.num_left))
+            elif self.waiting:  # it is done once it is read, and makes room
+                return False
+        if needed > self.allocator.num_available:
+            return False
+        if not self.waiting or len(self.running) == self._max_batch:
+            return True
+        first_waiting = self.waiting[0]
+        assert first_waiting.pages is not None
+        starts = self._reserve(first_waiting) is not None
+        first_waiting.pages.release()
+        return not starts
+
+    def schedule(self, num_steps: int = 1) -> StepPlan:
+        """The next launch, which must then be made; empty if there is nothing to do.
 
         Sequences are taken to have computed it: the next call may come before its results.
+
+        Args:
+          num_steps: more than one only where `may_run_ahead` says so.
         """
+        if num_steps > 1:
+            return self._run_ahead(num_steps)
         step = _Step(self._max_tokens)
         preempted = False
         left = {sequence: sequence.num_uncomputed for sequence in self.running}
@@ -145,6 +180,20 @@ class Scheduler:
                 break
         return step.commit()
 
+    def _run_ahead(self, num_steps: int) -> StepPlan:
+        rows: list[PlannedRow] = []
+        copies: list[tuple[int, int]] = []
+        for sequence in self.running:
+            if sequence.num_uncomputed:
+                row = PlannedRow(sequence, sequence.num_computed, 1, min(num_steps, sequence.num_left), False)
+                own = self._grow(sequence, row.end - row.start)
+                assert own is not None
+                sequence.num_computed = row.end
+                sequence.num_pending += row.num_chosen
+                rows.append(row)
+                copies += own
+        return StepPlan(tuple(rows), tuple(copies), num_steps)
+
     def start_over(self) -> None:
         """Has every running sequence wait and compute everything anew: the caches are lost, and unread steps too."""
         for sequence in list(self.running):
@@ -159,30 +208,18 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, step: _Step) -> bool:
         """Moves the first waiting sequence into the batch, if there are pages for all of its tokens."""
-        pages, parent = sequence.pages, sequence.parent
-        assert pages is not None and sequence.num_pending == 0
-        prompt = sequence.num_prompt
-        shares = parent is not None and parent.status is Status.RUNNING and parent.num_computed >= prompt
-        # which takes every token's hidden state, of the first of several answers
-        scored = sequence.params.prompt_logprobs is not None and parent is None
-        shares = shares and sequence.num_new == 0 and not scored
-        searches = not shares and not scored and self.allocator.reuse
-        found = 0
-        if shares:
-            assert parent is not None and parent.pages is not None
-            pages.share(parent.pages, prompt)
-            found = prompt - 1  # the last token is computed again, for logits of its own
-        elif searches:
-            found = pages.find(sequence.known)
+        pages, found = sequence.pages, self._reserve(sequence)
+        assert pages is not None
+        if found is None:
+            return False
         sequence.num_computed = found
         count = min(sequence.num_tokens - found, step.budget)
-        missing = pages.pages_missing(sequence.num_tokens)
-        copies = self._grow(sequence, count) if missing <= self.allocator.num_available else None
+        copies = self._grow(sequence, count)
         if copies is None:
             pages.release()
             sequence.num_computed = 0
             return False
-        if searches:
+        if self._searches(sequence):
             pages.count_reuse(sequence.known)
         self.waiting.remove(sequence)
         bisect.insort(self.running, sequence, key=_order)
@@ -190,6 +227,38 @@ class Scheduler:
         sequence.found = found if sequence.found is None else sequence.found
         step.take(sequence, count, copies, begins=True)
         return True
+
+    def _reserve(self, sequence: Sequence) -> int | None:
+        """Takes the pages that a waiting sequence finds or shares.
+
+        Returns:
+          The tokens on them; None, and no page is held, if there are too few pages for the rest of its tokens.
+        """
+        pages, parent = sequence.pages, sequence.parent
+        assert pages is not None and sequence.num_pending == 0
+        found = 0
+        if self._shares(sequence):
+            assert parent is not None and parent.pages is not None
+            pages.share(parent.pages, sequence.num_prompt)
+            found = sequence.num_prompt - 1  # the last token is computed again, for logits of its own
+        elif self._searches(sequence):
+            found = pages.find(sequence.known)
+        if pages.pages_missing(sequence.num_tokens) > self.allocator.num_available:
+            pages.release()
+            return None
+        return found
+
+    def _shares(self, sequence: Sequence) -> bool:
+        """Whether the sequence can take the prompt's pages from its parent."""
+        parent = sequence.parent
+        if parent is None or parent.status is not Status.RUNNING:
+            return False
+        return parent.num_computed >= sequence.num_prompt and sequence.num_new == 0
+
+    def _searches(self, sequence: Sequence) -> bool:
+        """Whether the sequence looks for pages by content: not if somebody asks about every token of its prompt."""
+        scored = sequence.params.prompt_logprobs is not None and sequence.parent is None
+        return self.allocator.reuse and not scored and not self._shares(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
         assert sequence.pages is not None
@@ -244,9 +313,9 @@ class _Step:
         rows, copies = [], []
         for sequence, (count, own, begins) in self._taken.items():
             start, end = sequence.num_computed, sequence.num_computed + count
-            rows.append(PlannedRow(sequence, start, count, end == sequence.num_tokens, begins))
+            rows.append(PlannedRow(sequence, start, count, int(end == sequence.num_tokens), begins))
             sequence.num_computed = end
-            sequence.num_pending += rows[-1].chooses
+            sequence.num_pending += rows[-1].num_chosen
             copies += own
         rows.sort(key=lambda row: row.num_tokens > 1)
         return StepPlan(tuple(rows), tuple(copies))

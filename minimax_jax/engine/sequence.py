@@ -45,6 +45,7 @@ class Sequence:
       found: tokens that its first start did not have to compute, None before it.
       group: the data rank whose pages it uses.
       text: of the answer, None without a tokenizer.
+      streams: whether somebody wants to see every token as soon as it is there.
       logprobs, prompt_logprobs: what was asked about the tokens so far: one-row `TokenLogprobs` on the host.
       finish_reason: "stop", "length", "abort" or "error" once it is finished.
       stop_reason: the token id or string of the request that ended it.
@@ -61,6 +62,7 @@ class Sequence:
         seed: int = 0,
         parent: Sequence | None = None,
         text: SequenceText | None = None,
+        streams: bool = False,
     ):
         """
         Args:
@@ -68,7 +70,7 @@ class Sequence:
           seed: of its draws; the number of the answer chooses the stream.
         """
         self.order, self.params, self.max_new, self.parent = order, params, max_new, parent
-        self.seed = seed
+        self.seed, self.streams = seed, streams
         self.num_prompt = self.num_known = len(prompt)
         self._tokens = np.empty(len(prompt) + min(max_new, 64), np.int32)
         self._tokens[: len(prompt)] = prompt
@@ -105,6 +107,11 @@ class Sequence:
     def num_new(self) -> int:
         """New tokens, pending ones included."""
         return self.num_tokens - self.num_prompt
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that may still be chosen."""
+        return self.max_new - self.num_new
 
     @property
     def num_uncomputed(self) -> int:

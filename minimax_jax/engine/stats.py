@@ -16,7 +16,7 @@ class EngineStats:
       num_pages, used_pages, idle_pages: of the pools: all, held by sequences, kept for reuse alone.
       reuse_asked, reuse_found: pages that starting sequences looked for and found; evicted: that gave way to others.
       preemptions: how often a sequence lost its pages.
-      steps: by "kind, execution".
+      steps: by "kind, execution"; launches: of one or more of them.
       prompt_tokens: computed, again after preemption too; new_tokens: chosen.
       failed_steps: that the device refused.
       traces: by function; steady serving leaves them unchanged.
@@ -32,6 +32,7 @@ class EngineStats:
     evicted: int
     preemptions: int
     steps: dict[str, int]
+    launches: int
     prompt_tokens: int
     new_tokens: int
     failed_steps: int
@@ -53,6 +54,7 @@ def engine_stats(core: EngineCore, traces: dict[str, int]) -> EngineStats:
         evicted=sum(a.counts.evicted for a in allocators),
         preemptions=sum(scheduler.preemptions for scheduler in schedulers),
         steps={f"{kind}, {how}": count for (kind, how), count in sorted(core.counts.steps.items())},
+        launches=core.counts.launches,
         prompt_tokens=core.counts.prompt_tokens,
         new_tokens=core.counts.new_tokens,
         failed_steps=core.counts.failed_steps,

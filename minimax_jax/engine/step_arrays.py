@@ -31,6 +31,7 @@ class StepArrays:
 
     Attributes:
       row_slots, writes: `slots` and `writes` of `PickInputs`; the rest as in `StepInputs` and `Batch`.
+      num_chosen: tokens that a row chooses.
     """
 
     tokens: Int[np.ndarray, "T"]
@@ -43,6 +44,7 @@ class StepArrays:
     last: Int[np.ndarray, "R"]
     row_slots: Int[np.ndarray, "R"]
     writes: Int[np.ndarray, "R"]
+    num_chosen: Int[np.ndarray, "R"]
 
 
 def side_by_side(array: np.ndarray) -> np.ndarray:
@@ -84,7 +86,7 @@ def step_arrays(
     sources, slots = np.full((2, groups, shape.tokens), -1, np.int32)
     block_tables = np.zeros((groups, shape.rows, shape.pages), np.int32)
     query_starts = np.zeros((groups, shape.rows + 1), np.int32)
-    kv_lens, last, row_slots = np.zeros((3, groups, shape.rows), np.int32)
+    kv_lens, last, row_slots, num_chosen = np.zeros((4, groups, shape.rows), np.int32)
     writes = np.full((groups, shape.rows), num_slots, np.int32)
     for group, plan in enumerate(plans):
         rows, number = plan.rows, len(plan.rows)
@@ -114,10 +116,15 @@ def step_arrays(
         kv_lens[group, :number] = starts + counts
         last[group, :number] = ends - 1
         row_slots[group, :number] = [row.sequence.slot for row in rows]
-        writes[group, :number] = np.where([row.chooses for row in rows], row_slots[group, :number], num_slots)
+        chosen = np.array([row.num_chosen for row in rows], np.int32)
+        writes[group, :number] = np.where(chosen > 0, row_slots[group, :number], num_slots)
+        num_chosen[group, :number] = chosen
     return StepArrays(
         *map(
             side_by_side,
-            (tokens, sources, positions, slots, block_tables, query_starts, kv_lens, last, row_slots, writes),
+            (
+                tokens, sources, positions, slots, block_tables, query_starts, kv_lens, last, row_slots, writes,
+                num_chosen,
+            ),
         )
-    )
+    )  # fmt: skip

@@ -12,101 +12,26 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from minimax_jax.attention import StepLayout, check_pages, send_together, step_layout
-from minimax_jax.buckets import bucket, buckets_up_to, padded_size
+from minimax_jax.buckets import bucket, padded_size
 from minimax_jax.cache import PagePool
 from minimax_jax.config import MiniMaxM3Config
-from minimax_jax.engine.execution import check_execution, mesh_execution, prefill_execution
+from minimax_jax.engine.execution import mesh_execution, prefill_execution
+from minimax_jax.engine.launched_step import LaunchedStep, PromptScores
 from minimax_jax.engine.logprobs import TokenLogprobs
-from minimax_jax.engine.pick_arrays import changes_by_step, pick_features, pick_parameters
+from minimax_jax.engine.pick_arrays import held_back, loop_features, pick_features, pick_parameters
 from minimax_jax.engine.row_state import Adjustments, RowState, empty_rows
+from minimax_jax.engine.runner_config import RunnerConfig
 from minimax_jax.engine.sampler import SamplingState
 from minimax_jax.engine.scheduler import PlannedRow, StepPlan
-from minimax_jax.engine.segmented_prefill import LEAST_BUCKET, FlatStep, SegmentedPrefill
+from minimax_jax.engine.segmented_prefill import FlatStep, SegmentedPrefill
 from minimax_jax.engine.sequence import Sequence
 from minimax_jax.engine.step_arrays import SlotTables, StepArrays, StepShape, step_arrays
-from minimax_jax.engine.steps import MAX_PREFILL_TOKENS, PickFeatures, PickInputs, StepInputs, Steps
+from minimax_jax.engine.step_inputs import EVERYTHING, GREEDY, SAMPLED, PickFeatures, PickInputs, StepInputs
+from minimax_jax.engine.steps import Steps
 from minimax_kernels import Batch
 
 _SCORED_ROWS = 256  # prompt tokens whose logits exist at once
-_FEW_ROWS = 8  # sequences of a step with prompts, up to which it is not padded to a full batch
 _EDITED_PAGES = 8  # the least number of page edits that is compiled for
-
-
-@dataclasses.dataclass(frozen=True)
-class RunnerConfig:
-    """How steps run, and which shapes they are padded to.
-
-    Attributes:
-      max_batch_size: sequences of one step, on each data rank.
-      execution: "segmented", "whole", "eager" or "auto"; see `engine/execution.py`.
-      batch_sizes: rows to compile for, the largest at least `max_batch_size`; None for powers of two and three quarters
-        of these. Steps that only decode are padded to one of them, others to one of two.
-      pad_batches: without it, such steps are compiled for each number of rows that occurs.
-      token_buckets: tokens to compile for where prompts take part.
-      page_buckets: widths of block tables to compile for; None for powers of two and three quarters.
-    """
-
-    max_batch_size: int
-    execution: str = "auto"
-    batch_sizes: tuple[int, ...] | None = None
-    pad_batches: bool = True
-    token_buckets: tuple[int, ...] = buckets_up_to(MAX_PREFILL_TOKENS, LEAST_BUCKET)
-    page_buckets: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        check_execution(self.execution)
-
-    def rows(self, count: int) -> int:
-        """Rows to compile for, for `count` sequences."""
-        return padded_size(count, self.batch_sizes)
-
-    def mixed_rows(self, count: int) -> int:
-        """The same where prompts take part: one of two sizes, since tokens and pages vary there as well."""
-        few = self.rows(min(_FEW_ROWS, self.max_batch_size))
-        return few if count <= few else self.rows(self.max_batch_size)
-
-    def tokens(self, count: int) -> int:
-        """Tokens to compile for, where prompts take part."""
-        return padded_size(count, self.token_buckets)
-
-    def pages(self, count: int) -> int:
-        """Width of the block tables to compile for."""
-        return padded_size(count, self.page_buckets)
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptScores:
-    """Log probabilities of some tokens of a prompt.
-
-    Attributes:
-      first, count: which tokens of the sequence; scores: of these, padding after them.
-    """
-
-    sequence: Sequence
-    first: int
-    count: int
-    scores: TokenLogprobs
-
-
-@dataclasses.dataclass(frozen=True)
-class LaunchedStep:
-    """A step whose results may still be in the making.
-
-    Attributes:
-      plans: what it computes, by data rank; num_rows: rows of each data rank, padding included.
-      tokens: [R] the token that each row chose.
-      logprobs: of these, None if nobody asked.
-      prompt_scores: of prompts that asked.
-      kind: "decode" or "prefill"; how: "whole", "segmented" or "eager".
-    """
-
-    plans: tuple[StepPlan, ...]
-    num_rows: int
-    tokens: Int[Array, "R"]
-    logprobs: TokenLogprobs | None
-    prompt_scores: tuple[PromptScores, ...]
-    kind: str
-    how: str
 
 
 class StepRunner:
@@ -153,6 +78,13 @@ class StepRunner:
         self._state = self._empty_state()
         self._parameters: tuple[Any, ...] | None = None  # of the latest step
         self._life = pool.epoch.value  # of the pool, in which the tables fit
+        graphs = config.graph_loops and self._platform == "gpu"
+        self._decode = steps.decoding(graphs=True) if graphs else steps.decode
+
+    @property
+    def decodes_whole(self) -> bool:
+        """Whether steps of one token a row are one executable, of which a loop can be made."""
+        return self._choose("decode", 1) == "whole"
 
     def needs_known_tokens(self, plans: Rows[StepPlan]) -> bool:
         """Whether the plans' pending tokens must be read before the launch: segments take tokens from the host."""
@@ -176,11 +108,11 @@ class StepRunner:
             rows = tokens = self.config.rows(count) if self.config.pad_batches else count
         else:
             rows, tokens = self.config.mixed_rows(count), self.config.tokens(max(plan.num_tokens for plan in plans))
-        ends = [row.start + row.num_tokens for plan in plans for row in plan.rows]
-        return StepShape(tokens, rows, self.config.pages(-(-max(ends) // self._page_size)))
+        end = max(row.end for plan in plans for row in plan.rows)
+        return StepShape(tokens, rows, self.config.pages(-(-end // self._page_size)))
 
     def launch(self, plans: Rows[StepPlan]) -> LaunchedStep:
-        """Starts a step, a plan for each data rank, at least one of which has rows.
+        """Starts a step, or several, a plan for each data rank, at least one of which has rows.
 
         Raises:
           jax.errors.JaxRuntimeError: from the device; the caches may be lost then.
@@ -192,22 +124,30 @@ class StepRunner:
         self._begin_rows(plans)
         if any(plan.copies for plan in plans):
             self.copy_pages([plan.copies for plan in plans])
-        if how == "whole":
-            sent = self._send(arrays)
-            hidden, last = self._run_whole(arrays, sent)
+        picking = self._pick_parameters(plans, shape.rows)
+        scores: tuple[PromptScores, ...] = ()
+        if plans[0].num_steps > 1:
+            tokens, logprobs = self._run_steps(arrays, plans[0].num_steps, *picking)
         else:
-            sent = arrays
-            hidden, last = self._run_segments(plans, arrays, eager=how == "eager")
-        tokens, logprobs = self._pick(sent, last, *self._pick_parameters(plans, shape.rows))
-        scores = self._score_prompts(plans, shape, hidden)
+            if how == "whole":
+                sent = self._send(arrays)
+                hidden, last = self._run_whole(arrays, sent)
+            else:
+                sent = arrays
+                hidden, last = self._run_segments(plans, arrays, eager=how == "eager")
+            tokens, logprobs = self._pick(sent, last, *picking)
+            scores = self._score_prompts(plans, shape, hidden)
         jax.tree.map(_start_copy, (tokens, logprobs, [score.scores for score in scores]))
         return LaunchedStep(tuple(plans), shape.rows, tokens, logprobs, scores, kind, how)
 
-    def warm_up(self, kind: str, num_tokens: int, num_rows: int, num_pages: int) -> None:
+    def warm_up(
+        self, kind: str, num_tokens: int, num_rows: int, num_pages: int, *, loops: Rows[PickFeatures] = (SAMPLED,)
+    ) -> None:
         """Compiles and runs one step of the largest context that `num_pages` hold, which writes to no page.
 
         Args:
           kind: "prefill", with one token of each sequence and what is left of the first, or "decode".
+          loops: where launches take several decode steps, those of `LOOP_FEATURES` whose loops run as well.
         """
         shape = StepShape(num_tokens if kind == "prefill" else num_rows, num_rows, num_pages)
         groups = self._groups
@@ -221,7 +161,7 @@ class StepRunner:
         none, zeros = np.full(shape.tokens, -1, np.int32), np.zeros(shape.tokens, np.int32)
         tables, rows = np.zeros((num_rows, num_pages), np.int32), np.zeros(num_rows, np.int32)
         starts = np.concatenate([rows[:1], ends])
-        fields = (zeros, none, positions, none, tables, starts, contexts, ends - 1, rows, rows + self.num_slots)
+        fields = (zeros, none, positions, none, tables, starts, contexts, ends - 1, rows, rows + self.num_slots, rows)
         arrays = StepArrays(*(np.concatenate([field] * groups) for field in fields))
         how = self._choose(kind, shape.tokens)
         if how == "whole":
@@ -230,19 +170,27 @@ class StepRunner:
         else:
             layout = StepLayout(tables[:live], starts[: live + 1], contexts[:live], none)
             _, last = self._run_flat([FlatStep(zeros, positions, layout)] * groups, arrays.last, eager=how == "eager")
-        for features in (PickFeatures(), PickFeatures(greedy=False), PickFeatures(greedy=False, truncated=True)):
-            parameters = pick_parameters([StepPlan()] * groups, num_rows, self._model.vocab_size, ())
-            sampling, adjustments = self._place(parameters, keep=True)
-            picked = self._pick(arrays, last, features, sampling, adjustments)
+        nobody = [StepPlan()] * groups
+        parameters = self._place(pick_parameters(nobody, num_rows, self._model.vocab_size, ()), keep=True)
+        for features in (GREEDY, PickFeatures(greedy=False), SAMPLED):
+            picked = self._pick(arrays, last, features, *parameters)
         jax.block_until_ready(picked)
+        if kind == "decode" and how == "whole" and self.config.steps_per_launch > 1:
+            for features in loops:
+                wide = features == EVERYTHING
+                parameters = pick_parameters(nobody, num_rows, self._model.vocab_size, (), widest=wide)
+                picking = features, *self._place(parameters, keep=True)
+                picked = self._run_steps(arrays, self.config.steps_per_launch, *picking)
+                jax.block_until_ready(picked)  # so that memory holds one of them at a time
 
     def fetch(self, step: LaunchedStep) -> tuple[np.ndarray, TokenLogprobs | None]:
-        """Waits for a step's tokens [data rank, row] and what was asked about them, on the host."""
-        groups = (self._groups, step.num_rows)
-        tokens = self._fetched(step.tokens).reshape(groups)
+        """Waits for a launch's tokens [data rank, row, step] and what was asked about them, on the host."""
+        by_step = (self._groups, step.num_rows, step.plans[0].num_steps)
+        tokens = self._fetched(step.tokens).reshape(by_step)
         if step.logprobs is None:
             return tokens, None
-        return tokens, jax.tree.map(lambda x: self._fetched(x).reshape(*groups, *x.shape[1:]), step.logprobs)
+        inner = 1 if step.plans[0].num_steps == 1 else 2
+        return tokens, jax.tree.map(lambda x: self._fetched(x).reshape(*by_step, *x.shape[inner:]), step.logprobs)
 
     def fetch_scores(self, scores: PromptScores) -> TokenLogprobs:
         """A prompt's log probabilities on the host."""
@@ -307,18 +255,37 @@ class StepRunner:
 
     def _run_whole(self, arrays: StepArrays, sent: StepArrays) -> tuple[Float[Array, "T H"], Float[Array, "R H"]]:
         """(hidden states, those of each row's last token); `sent` are the arrays as `_send` gives them."""
-        batch: Any = Batch(sent.block_tables, sent.query_starts, sent.kv_lens)  # type: ignore[arg-type]
-        given: Any = (sent.tokens, sent.sources, sent.positions, sent.slots, batch, sent.last)
-        step = self._place(StepInputs(*given))
+        step = self._place(_step_inputs(sent))
         with self.pool.borrow() as lent:
             self._check_pages(arrays)
             hidden, last, lent.caches = self._steps.layers(self._leaves, lent.caches, self._state.last_tokens, step)
         return hidden, last
 
+    def _run_steps(
+        self,
+        arrays: StepArrays,
+        num_steps: int,
+        features: PickFeatures,
+        sampling: SamplingState,
+        adjustments: Adjustments,
+    ) -> tuple[Int[Array, "R steps"], TokenLogprobs | None]:
+        """Several decode steps in one executable, of which `arrays` are the first."""
+        sent = self._send(arrays)
+        placed = self._place((_step_inputs(sent), sent.num_chosen, sent.kv_lens, sent.row_slots, sent.writes))
+        first, counts, positions, slots, writes = placed
+        rows = PickInputs(positions, slots, writes, sampling, adjustments)
+        with self.pool.borrow() as lent:
+            self._check_pages(arrays)
+            tokens, logprobs, self._state, lent.caches = self._decode(
+                lent.caches, self._state, self._leaves, first, rows, counts, features=features, num_steps=num_steps
+            )
+        return tokens, logprobs
+
     def _check_pages(self, arrays: StepArrays) -> None:
         """Raises ValueError for pages that a pool which was resized meanwhile has no more."""
         if self._life != self.pool.epoch.value:
-            held = np.arange(arrays.block_tables.shape[1]) < -(-arrays.kv_lens[:, None] // self._page_size)
+            ends = arrays.kv_lens + np.maximum(arrays.num_chosen - 1, 0)
+            held = np.arange(arrays.block_tables.shape[1]) < -(-ends[:, None] // self._page_size)
             check_pages(arrays.block_tables[held], self.pool.num_pages)
             self._life = self.pool.epoch.value
 
@@ -363,16 +330,15 @@ class StepRunner:
 
     def _pick_parameters(self, plans: Rows[StepPlan], num_rows: int) -> tuple[PickFeatures, SamplingState, Adjustments]:
         """As arrays on the device; those of the last step where the same sequences go on."""
-        sequences = [[row.sequence for row in plan.rows] for plan in plans]
-        if self._parameters is not None:
-            known, rows, found = self._parameters
-            if rows == num_rows and known == sequences:
-                return found
-        flat = [sequence for own in sequences for sequence in own]
-        state, changes = pick_parameters(plans, num_rows, self._model.vocab_size, self._end_ids)
-        result = pick_features(flat), self._place(state, keep=True), self._place(changes, keep=True)
-        changing = any(map(changes_by_step, flat))
-        self._parameters = None if changing else (sequences, num_rows, result)
+        key = num_rows, plans[0].num_steps > 1, [[row.sequence for row in plan.rows] for plan in plans]
+        if self._parameters is not None and self._parameters[0] == key:
+            return self._parameters[1]
+        flat = [row.sequence for plan in plans for row in plan.rows]
+        features = loop_features(flat, self._end_ids) if plans[0].num_steps > 1 else pick_features(flat)
+        wide = plans[0].num_steps > 1 and features == EVERYTHING
+        state, changes = pick_parameters(plans, num_rows, self._model.vocab_size, self._end_ids, widest=wide)
+        result = features, self._place(state, keep=True), self._place(changes, keep=True)
+        self._parameters = None if any(map(held_back, flat)) else (key, result)
         return result
 
     def _score_prompts(
@@ -417,6 +383,12 @@ class StepRunner:
 
     def _fetched(self, array: Array) -> np.ndarray:
         return np.asarray(array) if self._steps.ranks is None else self._steps.ranks.fetch(array)
+
+
+def _step_inputs(arrays: StepArrays) -> StepInputs:
+    batch: Any = Batch(arrays.block_tables, arrays.query_starts, arrays.kv_lens)  # type: ignore[arg-type]
+    given: Any = (arrays.tokens, arrays.sources, arrays.positions, arrays.slots, batch, arrays.last)
+    return StepInputs(*given)
 
 
 def _start_copy(array: Array) -> None:

@@ -6,7 +6,6 @@ are updated in place.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -20,74 +19,18 @@ from minimax_jax.attention import PagedAttention, TracedAttend
 from minimax_jax.buckets import buckets_up_to
 from minimax_jax.cache import PagedCaches
 from minimax_jax.config import MiniMaxM3Config
+from minimax_jax.engine.decode_loop import run_decode_steps
+from minimax_jax.engine.graph_options import GraphedLoop
 from minimax_jax.engine.logprobs import TokenLogprobs, token_logprobs
-from minimax_jax.engine.row_state import Adjustments, RowState, adjust_logits, begin_row, record_tokens
-from minimax_jax.engine.sampler import SamplingState, pick_tokens
+from minimax_jax.engine.row_state import RowState, adjust_logits, begin_row, record_tokens
+from minimax_jax.engine.sampler import pick_tokens
 from minimax_jax.engine.segmented_prefill import LEAST_BUCKET, SegmentedPrefill
+from minimax_jax.engine.step_inputs import BAD_LOGITS, PickFeatures, PickInputs, StepInputs
 from minimax_jax.model import SINGLE_DEVICE, Comm, merge_model
 from minimax_jax.parallel import Ranks
 from minimax_jax.recent import RecentJits
-from minimax_kernels import Batch
 
 MAX_PREFILL_TOKENS = 8192  # prompt tokens of one prefill step; longer prompts take several
-BAD_LOGITS = -1  # in the place of a token that could not be chosen, because logits were no numbers
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class StepInputs:
-    """The flat tokens of one step.
-
-    Attributes:
-      tokens: their ids, where `sources` is negative.
-      sources: the slot whose newest token it is, -1 where the host knew it.
-      positions: in their sequences.
-      slots: page * B + offset, -1 for padding.
-      batch: which rows they belong to.
-      last: of each row the flat token whose hidden state decides on the next one.
-    """
-
-    tokens: Int[Array, "T"]
-    sources: Int[Array, "T"]
-    positions: Int[Array, "T"]
-    slots: Int[Array, "T"]
-    batch: Batch
-    last: Int[Array, "R"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PickInputs:
-    """The rows of one step whose next tokens are picked.
-
-    Attributes:
-      positions: where the new token will stand.
-      slots: of the rows; writes: the same for those that choose, S for others.
-      sampling, adjustments: how.
-    """
-
-    positions: Int[Array, "R"]
-    slots: Int[Array, "R"]
-    writes: Int[Array, "R"]
-    sampling: SamplingState
-    adjustments: Adjustments
-
-
-@dataclasses.dataclass(frozen=True)
-class PickFeatures:
-    """What of picking any row needs; static, the rest is left out of the executable.
-
-    Attributes:
-      greedy: all rows take the most likely token.
-      truncated: some cut by top-k, top-p or min-p.
-      penalized: some have penalties.
-      num_logprobs: likeliest tokens to report at most, None to report none.
-    """
-
-    greedy: bool = True
-    truncated: bool = False
-    penalized: bool = False
-    num_logprobs: int | None = None
 
 
 class Steps:
@@ -116,7 +59,7 @@ class Steps:
           ranks: what the model is spread over. Every rank of a data group gets the group's rows; see `Ranks`.
           comm: what modules get; None for that of `ranks`, or of one device.
         """
-        self.traces = {"layers": 0, "pick": 0}
+        self.traces = {"layers": 0, "pick": 0, "decode": 0}
         self.ranks = ranks
         self._comm = comm or (SINGLE_DEVICE if ranks is None else ranks.comm)
         self._config, self._graphdef, self._names = config, graphdef, names
@@ -126,8 +69,25 @@ class Steps:
         self.begin_row = jax.jit(self._begin_row, donate_argnums=(0,))
 
         self.pick = jax.jit(self._pick, donate_argnums=(1,), static_argnames="features")
+        self.decode = self.decoding(graphs=False)
         self.take = jax.jit(self._take_rows())
         self._exact_takes = RecentJits(lambda: (jax.jit(self._take_rows()),))
+
+    def decoding(self, *, graphs: bool) -> Callable[..., Any]:
+        """Several decode steps as one executable: (caches, state, leaves, first, rows, counts, features, num_steps).
+
+        Args:
+          graphs: whether on a GPU the loop is to lie in a CUDA graph.
+        """
+        return GraphedLoop(
+            lambda options: jax.jit(
+                self._decode,
+                donate_argnums=(0, 1),
+                static_argnames=("features", "num_steps"),
+                compiler_options=options,
+            ),
+            graphs=graphs,
+        )
 
     @functools.cached_property
     def segmented(self) -> SegmentedPrefill:
@@ -221,24 +181,54 @@ class Steps:
         )
         return run(leaves, state, last, rows)
 
+    def _decode(
+        self,
+        caches: PagedCaches,
+        state: RowState,
+        leaves: list[Array],
+        first: StepInputs,
+        rows: PickInputs,
+        counts: Int[Array, "R"],
+        *,
+        features: PickFeatures,
+        num_steps: int,
+    ) -> tuple[Int[Array, "R steps"], TokenLogprobs | None, RowState, PagedCaches]:
+        """Several steps of one token a row; see `run_decode_steps`."""
+        self.traces["decode"] += 1
+
+        def run_rank(leaves, caches, state, first, rows, counts):
+            return run_decode_steps(
+                functools.partial(self._layers_rank, leaves),
+                functools.partial(self._pick_rank, leaves, features=features),
+                caches, state, first, rows, counts,
+                num_steps=num_steps, page_size=self._config.index_block_size,
+            )  # fmt: skip
+
+        given = (self._weights, self._caches, self._rows, self._rows, self._rows, self._rows)
+        results = (self._rows, None if features.num_logprobs is None else self._rows, self._rows, self._caches)
+        return self._per_rank(run_rank, given, results)(leaves, caches, state, first, rows, counts)
+
     def _pick_rank(self, leaves, state, last, rows, *, features):
         model, comm = self._model(leaves), self._comm
         logits = model.rank_logits(last)
         bad = ~jnp.isfinite(last).all(axis=-1)  # every rank has these
-        adjusted = features.penalized or rows.adjustments.bias_ids.shape[1] > 0
+        adjusted = features.penalized or features.held or rows.adjustments.bias_ids.shape[1] > 0
         if adjusted or features.num_logprobs is not None:
             logits, comm = comm.gather_vocab(logits), SINGLE_DEVICE
         if comm is SINGLE_DEVICE:
             bad |= ~jnp.isfinite(logits).all(axis=-1)
         own = logits
         if adjusted:
-            logits = adjust_logits(logits, state, rows.slots, rows.adjustments, penalized=features.penalized)
+            logits = adjust_logits(
+                logits, state, rows.slots, rows.positions, rows.adjustments,
+                penalized=features.penalized, held=features.held,
+            )  # fmt: skip
         picked = pick_tokens(
             logits, rows.positions, rows.sampling, greedy=features.greedy, truncated=features.truncated, comm=comm
         )
         logprobs = None if features.num_logprobs is None else token_logprobs(own, picked, features.num_logprobs)
-        state = record_tokens(state, rows.writes, picked, counted=features.penalized)
-        return jnp.where(bad, BAD_LOGITS, picked), logprobs, state
+        tokens = jnp.where(bad, BAD_LOGITS, picked)
+        return tokens, logprobs, record_tokens(state, rows.writes, tokens, counted=features.penalized)
 
     def _score(
         self,

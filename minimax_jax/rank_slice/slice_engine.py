@@ -14,11 +14,14 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from minimax_jax.cache import PageAllocator, PagePool, SequencePages
+from minimax_jax.engine.launched_step import LaunchedStep
+from minimax_jax.engine.runner_config import RunnerConfig
 from minimax_jax.engine.sampling_params import SamplingParams
 from minimax_jax.engine.scheduler import PlannedRow, StepPlan
 from minimax_jax.engine.sequence import Sequence as Row
-from minimax_jax.engine.step_runner import LaunchedStep, RunnerConfig, StepRunner
-from minimax_jax.engine.steps import StepInputs, Steps
+from minimax_jax.engine.step_inputs import StepInputs
+from minimax_jax.engine.step_runner import StepRunner
+from minimax_jax.engine.steps import Steps
 from minimax_jax.model import abstract_model, split_model
 from minimax_jax.parallel import Layout
 from minimax_jax.parallel.config import EXPERTS, TOKENS

@@ -11,14 +11,14 @@ from minimax_jax.llm import LLM
 PAGE = 16
 
 
-def small_llm(model, *, pages=64, reuse=True, enabled=False, **options) -> LLM:
+def small_llm(model, *, pages=64, reuse=True, enabled=False, steps="auto", **options) -> LLM:
     """One shape for decoding and one for mixed steps, so that nothing is compiled twice."""
     given = {
         "max_batch_size": 8,
         "max_num_tokens": 64,
         "cache_config": {"page_size": PAGE, "max_tokens": pages * PAGE, "enable_reuse": reuse},
         "segment_config": {"buckets": (64,), "enabled": enabled},
-        "decode_config": {"batch_sizes": (8,), "page_buckets": (32,)},
+        "decode_config": {"batch_sizes": (8,), "page_buckets": (32,), "steps_per_launch": steps},
     }
     return LLM(model, **{**given, **options})
 

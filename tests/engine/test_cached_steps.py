@@ -9,7 +9,7 @@ from small_models import random_prompt, small_model
 from minimax_jax.attention import TracedAttend
 from minimax_jax.cache import allocate_pages
 from minimax_jax.engine.generation import generate_tokens
-from minimax_jax.engine.steps import StepInputs
+from minimax_jax.engine.step_inputs import StepInputs
 from minimax_jax.model import merge_model, split_model
 from minimax_jax.tensor_table import cache_bytes_per_token
 from minimax_kernels import Batch
@@ -94,7 +94,7 @@ def test_nothing_is_retraced_for_other_values():
     model = small_model(seed=3)
     model.generate([random_prompt(20)], max_new_tokens=30, do_sample=True, temperature=0.7, top_k=5)
     before = dict(model._steps.traces)
-    assert before == {"layers": 2, "pick": 1}  # prompts and decoding are two shapes
+    assert before == {"layers": 2, "pick": 1, "decode": 0}  # prompts and decoding are two shapes
     model.generate([random_prompt(23, seed=1)], max_new_tokens=29, do_sample=True, temperature=1.3, top_k=9, seed=4)
     assert model._steps.traces == before
 

@@ -1,5 +1,6 @@
 """The engine's loop over a runner that only pretends, where a device's faults can be placed at will."""
 
+import queue
 from types import SimpleNamespace
 
 import jax
@@ -7,21 +8,26 @@ import numpy as np
 import pytest
 
 from minimax_jax.cache import PageAllocator
-from minimax_jax.engine.core import EngineCore
+from minimax_jax.engine.core import EngineCore, RunAhead
+from minimax_jax.engine.engine_thread import EngineThread
+from minimax_jax.engine.errors import DeviceStepError, EngineClosedError, NonFiniteLogitsError
+from minimax_jax.engine.launched_step import LaunchedStep
+from minimax_jax.engine.request import Request
 from minimax_jax.engine.sampling_params import SamplingParams
 from minimax_jax.engine.scheduler import Scheduler
 from minimax_jax.engine.sequence import Sequence
 from minimax_jax.engine.step_arrays import SlotTables, StepShape, step_arrays
-from minimax_jax.engine.step_runner import LaunchedStep
+from minimax_jax.engine.step_inputs import BAD_LOGITS
 
 
 class PretendedRunner:
     """Makes real arrays of every plan, runs nothing; `fail_at` counts fetches."""
 
-    spans_processes = False
+    spans_processes, decodes_whole = False, True
 
     def __init__(self, segmented: bool, fail_at: int):
-        self.pool = SimpleNamespace(num_pages=16, resize=lambda *_, **__: None)
+        self.pool = SimpleNamespace(num_pages=16, resize=self.resize)
+        self.bad_at, self.clearing, self.refusals, self.resized = 0, True, 0, []
         self.tables, self.segmented, self.fail_at, self.fetched = [SlotTables(4, 16)], segmented, fail_at, 0
 
     def needs_known_tokens(self, plans):
@@ -35,22 +41,30 @@ class PretendedRunner:
         self.fetched += 1
         if self.fetched == self.fail_at:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-        return np.ones((1, 4), int), None
+        tokens = np.ones((1, 4, step.plans[0].num_steps), int)
+        if self.fetched == self.bad_at:
+            tokens[0, 0] = BAD_LOGITS
+        return tokens, None
+
+    def resize(self, num_pages, *, keep):
+        self.resized.append(num_pages)
+        if len(self.resized) <= self.refusals:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room\nmore")
 
     def clear_pages(self, wrong):
-        pass
+        if any(wrong) and not self.clearing:
+            raise jax.errors.JaxRuntimeError("INTERNAL: the device is busy")
 
     def reset_rows(self):
         pass
 
 
-@pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize("fail_at", [1, 2, 3])
-def test_a_step_that_fails_when_it_is_read_ends_one_request(segmented, fail_at):
+def served(runner, steps=1):
+    """(sequences that failed, others) of three, of which each arrives while the one before runs."""
     scheduler = Scheduler(PageAllocator(16), page_size=4, max_batch_size=4, max_num_tokens=32)
-    core = EngineCore(PretendedRunner(segmented, fail_at), [scheduler])
+    core = EngineCore(runner, [scheduler], run_ahead=RunAhead(steps))
     made = []
-    for index in range(3):  # each arrives while the one before runs
+    for index in range(3):
         made.append(Sequence(np.arange(5 + index), SamplingParams(max_tokens=6), order=(index, 0), max_new=6))
         core.add(made[-1])
         core.step()
@@ -58,5 +72,52 @@ def test_a_step_that_fails_when_it_is_read_ends_one_request(segmented, fail_at):
         core.step()
         scheduler.check()
     failed = [sequence for sequence in made if sequence.error is not None]
-    assert len(failed) == 1
-    assert all(len(sequence.output) == 6 for sequence in made if sequence not in failed)
+    others = [sequence for sequence in made if sequence.error is None]
+    assert all(len(sequence.output) == 6 and sequence.finish_reason == "length" for sequence in others)
+    return failed, others
+
+
+@pytest.mark.parametrize(("segmented", "steps"), [(False, 1), (False, 3), (True, 1)])
+@pytest.mark.parametrize("fail_at", [1, 2, 3])
+def test_a_step_that_fails_when_it_is_read_ends_one_request(segmented, steps, fail_at):
+    failed, _ = served(PretendedRunner(segmented, fail_at), steps)
+    assert len(failed) == 1 and isinstance(failed[0].error, DeviceStepError)
+
+
+@pytest.mark.parametrize("bad_at", [1, 3, 4])
+def test_pages_that_cannot_be_cleared_are_made_anew(bad_at):
+    runner = PretendedRunner(segmented=False, fail_at=0)
+    runner.bad_at, runner.clearing = bad_at, False
+    failed, _ = served(runner)
+    assert len(failed) == 1 and isinstance(failed[0].error, NonFiniteLogitsError) and runner.resized == [16]
+
+
+def test_pages_that_are_refused_are_asked_for_once_more():
+    runner = PretendedRunner(segmented=False, fail_at=2)
+    runner.refusals = 1
+    failed, _ = served(runner)
+    assert len(failed) == 1 and runner.resized == [16, 16]
+
+
+def test_a_device_that_is_gone_ends_the_engine_and_every_caller_hears_why():
+    runner = PretendedRunner(segmented=False, fail_at=2)
+    runner.refusals = 2
+    scheduler = Scheduler(PageAllocator(16), page_size=4, max_batch_size=4, max_num_tokens=32)
+    thread, told = EngineThread(EngineCore(runner, [scheduler])), queue.SimpleQueue()
+    params, limits = SamplingParams(max_tokens=6, detokenize=False), {"seed": 0, "max_seq_len": 32, "vocab_size": 9}
+    requests = [
+        Request(str(i), None, [1] * (4 + i), params, arrival=i, tokenizer=None, **limits) for i in range(3)
+    ]  # fmt: skip
+    thread.submit(requests, lambda request: told.put(request.output()))
+    last = {}
+    while len(last) < 3 or not all(output.finished for output in last.values()):
+        output = told.get(timeout=5)
+        last[output.request_id] = output
+    for output in last.values():
+        assert output.outputs[0].finish_reason == "error"
+        assert isinstance(output.error, (EngineClosedError, DeviceStepError))
+    messages = {str(output.error) for output in last.values() if isinstance(output.error, EngineClosedError)}
+    assert any("no pages on it any more: RESOURCE_EXHAUSTED: no room" in message for message in messages)
+    with pytest.raises(EngineClosedError, match="no pages on it any more"):
+        thread.submit(requests, told.put)
+    thread.close()

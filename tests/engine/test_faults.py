@@ -176,7 +176,7 @@ def test_a_closed_engine_says_so_and_frees_its_pages(model):
     with pytest.warns(UserWarning, match="the engine was closed before this request was done"):
         output = llm.generate([clean_prompt(9, 1)], LONG)[0]
     closing.join()
-    assert isinstance(output.error, EngineClosedError)
+    assert isinstance(output.error, EngineClosedError) and output.outputs[0].finish_reason == "abort"
     llm.close()
     assert all(pool.is_deleted() for pool in pools)
     with pytest.raises(EngineClosedError, match="closed: make a new LLM"):
@@ -189,5 +189,6 @@ def test_an_engine_that_dies_tells_every_caller(model, monkeypatch):
         with pytest.warns(UserWarning, match="the engine died: index 5 is out of bounds"):
             outputs = llm.generate([[1, 2], [3]], GREEDY)
         assert all(isinstance(output.error, EngineClosedError) for output in outputs)
+        assert [output.outputs[0].finish_reason for output in outputs] == ["error"] * 2
         with pytest.raises(EngineClosedError, match="the engine died: index 5"):
             llm.generate([[1]], GREEDY)

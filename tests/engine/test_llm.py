@@ -10,9 +10,10 @@ from serving import small_llm
 from small_models import random_prompt, small_model
 
 from minimax_jax import LLM, SamplingParams
+from minimax_jax.engine import outputs
 from minimax_jax.engine.build import _batch_sizes, _wide_tables
+from minimax_jax.engine.runner_config import RunnerConfig
 from minimax_jax.engine.sequence_text import SequenceText
-from minimax_jax.engine.step_runner import RunnerConfig
 from minimax_jax.tokenizer import Tokenizer
 
 
@@ -86,6 +87,22 @@ def test_a_stream_grows_and_never_shows_half_a_stop_string(tiny):
     assert all(free.outputs[0].text.partition(stop)[0].startswith(text) for text in texts)
     with pytest.raises(ValueError, match="the prompt has 300 tokens: must be at most 255"):
         asyncio.run(anext_of(tiny.generate_async([1] * 300)))
+
+
+def test_a_stream_looks_at_each_token_once_and_its_outputs_stay_as_they_were(llm, monkeypatch):
+    looked, look = [], outputs._logprobs
+    monkeypatch.setattr(outputs, "_logprobs", lambda *args: looked.append(1) or look(*args))
+
+    async def listen():
+        params = SamplingParams(temperature=0, max_tokens=12, logprobs=1, prompt_logprobs=1)
+        return [output.outputs[0] async for output in llm.generate_async(random_prompt(9), params)]
+
+    seen = asyncio.run(listen())
+    assert len(looked) == 12 + 8
+    for answer in seen:
+        count = len(answer.token_ids)
+        assert answer.token_ids == seen[-1].token_ids[:count] and answer.logprobs == seen[-1].logprobs[:count]
+    assert [len(answer.token_ids) for answer in seen] == sorted({len(answer.token_ids) for answer in seen})
 
 
 async def anext_of(stream):

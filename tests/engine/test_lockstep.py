@@ -19,7 +19,7 @@ class FakeRequest:
         if self.finished:
             self.done.set()
 
-    def fail(self, error):
+    def fail(self, error, reason):
         self.error, self.finished = error, True
 
 

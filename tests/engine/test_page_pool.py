@@ -11,7 +11,6 @@ from small_models import random_prompt, small_config, small_model
 
 from minimax_jax.cache import PagePool
 from minimax_jax.cache import pool as pool_module
-from minimax_jax.engine.cache_sizing import sized_pool
 from minimax_jax.engine.generation import generate_tokens
 from minimax_jax.segmented import StaleCaptureError
 
@@ -165,10 +164,3 @@ def test_contents_that_a_failed_step_consumed_are_not_kept():
 def test_no_new_tokens_are_refused_at_once(model, count):
     with pytest.raises(ValueError, match=f"max_new_tokens = {count}: must be at least 1"):
         generating(model, PagePool(model.config, 4, jnp.float32), count=count)
-
-
-def test_memory_is_asked_for_before_anything_is_compiled(model):
-    steps = segmented_steps(model)
-    with pytest.raises(ValueError, match="num_pages: must be given"):
-        sized_pool(steps, model._leaves, model.config, jnp.float32)
-    assert steps.layers.stats().traces == 0

@@ -37,9 +37,10 @@ class PretendedEngine:
         self.scheduler.add(sequence)
         return sequence
 
-    def step(self):
-        plan = self.scheduler.schedule()
-        assert plan.num_tokens <= self.budget
+    def step(self, ahead=1):
+        ahead = ahead if self.scheduler.may_run_ahead(ahead) else 1
+        plan = self.scheduler.schedule(ahead)
+        assert plan.num_tokens <= self.budget and plan.num_steps == ahead
         launched = self._launch(plan) if plan.rows else None
         if self.inflight:
             self._read(*self.inflight)
@@ -54,7 +55,10 @@ class PretendedEngine:
                 self.content[new, offset] = self.content.get((old, offset))
         chosen = []
         for row in plan.rows:
-            table, prefix = row.sequence.pages.table, ()
+            table, prefix, end = row.sequence.pages.table, (), row.sequence.end
+            if row.start >= row.sequence.num_known and self.last[row.sequence.slot] == end:
+                chosen.append([])  # it has ended, and the host will know before it reads this
+                continue
             if row.start:
                 prefix = self.content[table[(row.start - 1) // PAGE], (row.start - 1) % PAGE]
                 assert len(prefix) == row.start
@@ -63,22 +67,31 @@ class PretendedEngine:
                 prefix += (int(row.sequence.known[place]) if known else self.last[row.sequence.slot],)
                 assert self.scheduler.allocator.references(table[place // PAGE]) == 1
                 self.content[table[place // PAGE], place % PAGE] = prefix
-            chosen.append(next_token(prefix))
-            if row.chooses:
-                self.last[row.sequence.slot] = chosen[-1]
+            chosen.append([next_token(prefix)])
+            for place in range(row.start + row.num_tokens, row.end):
+                if chosen[-1][-1] == end:  # writes nothing more
+                    break
+                prefix += (chosen[-1][-1],)
+                assert self.scheduler.allocator.references(table[place // PAGE]) == 1
+                self.content[table[place // PAGE], place % PAGE] = prefix
+                chosen[-1].append(next_token(prefix))
+            if row.num_chosen:
+                self.last[row.sequence.slot] = chosen[-1][-1]
         return plan, chosen
 
     def _read(self, plan, chosen):
-        for row, token in zip(plan.rows, chosen, strict=True):
+        for row, tokens in zip(plan.rows, chosen, strict=True):
             sequence = row.sequence
-            if sequence.finished:
-                continue
-            if row.chooses:
-                sequence.append(token)
-            if sequence.status is Status.RUNNING:
-                sequence.pages.register(sequence.known[: min(row.start + row.num_tokens, sequence.num_known)])
-            if row.chooses and (token == sequence.end or len(sequence.output) == sequence.max_new):
-                self.scheduler.finish(sequence)
+            for place, token in enumerate(tokens):
+                if sequence.finished:
+                    break
+                if row.num_chosen:
+                    sequence.append(token)
+                if sequence.status is Status.RUNNING:
+                    computed = row.start + row.num_tokens + place
+                    sequence.pages.register(sequence.known[: min(computed, sequence.num_known)])
+                if row.num_chosen and (token == sequence.end or len(sequence.output) == sequence.max_new):
+                    self.scheduler.finish(sequence)
 
     def drain(self):
         for _ in range(3000):
@@ -112,10 +125,10 @@ class Serving(RuleBasedStateMachine):
         if not any(s.order == (parent.order[0], parent.order[1] + 1) for s in self.engine.all):
             self.engine.add(parent.known[: parent.num_prompt].tolist(), parent.max_new, parent)
 
-    @rule(count=st.integers(1, 4))
-    def steps(self, count):
+    @rule(count=st.integers(1, 4), ahead=st.sampled_from([1, 3, 7]))
+    def steps(self, count, ahead):
         for _ in range(count):
-            self.engine.step()
+            self.engine.step(ahead)
 
     @precondition(lambda self: self.engine.all)
     @rule(data=st.data())
@@ -149,8 +162,8 @@ def test_single_tokens_go_before_prompts_and_all_fit_the_budget():
     engine.step()
     long = engine.add([1] * 14, 3, end=None)
     plan = engine.step()
-    assert [(row.sequence, row.start, row.num_tokens, row.chooses) for row in plan.rows] == [
-        (first, 2, 1, True), (long, 0, 5, False),
+    assert [(row.sequence, row.start, row.num_tokens, row.num_chosen) for row in plan.rows] == [
+        (first, 2, 1, 1), (long, 0, 5, 0),
     ]  # fmt: skip
     assert [[row.num_tokens for row in engine.step().rows] for _ in range(3)] == [[1, 5], [1, 4], [1, 1]]
 
@@ -189,6 +202,28 @@ def test_answers_share_their_prompts_pages_up_to_its_last_token():
     assert child.pages.table[0] == parent.pages.table[0] and child.pages.table[1] != parent.pages.table[1]
     engine.drain()
     assert child.output.tolist() == parent.output.tolist()
+
+
+def test_several_steps_are_planned_only_where_nobody_has_to_wait_for_them():
+    engine = PretendedEngine(pages=8, batch=2, budget=8)
+    first = engine.add([0, 1], 20, end=None)
+    ahead = [engine.scheduler.may_run_ahead(5)]  # its prompt waits
+    engine.step()
+    ahead.append(engine.scheduler.may_run_ahead(5))
+    plan = engine.step(5)
+    assert [(row.start, row.num_tokens, row.num_chosen, row.end) for row in plan.rows] == [(2, 1, 5, 7)]
+    assert len(first.pages.table) == 2 and first.num_pending == 6 - 1  # the first step's token is known by now
+    second = engine.add([1] * 12, 3, end=None)
+    ahead.append(engine.scheduler.may_run_ahead(5))  # a prompt could start
+    engine.step()
+    ahead.append(engine.scheduler.may_run_ahead(5))  # it has begun, and some of it is left
+    engine.step()
+    engine.add([1], 1, end=None)
+    ahead.append(engine.scheduler.may_run_ahead(5))  # no slot for the third, and pages
+    plan = engine.step(5)
+    assert [(row.sequence, row.num_chosen) for row in plan.rows] == [(first, 5), (second, 2)]
+    ahead.append(engine.scheduler.may_run_ahead(5))  # the second is done, though unread: the third could start
+    assert ahead == [False, True, False, False, True, False]
 
 
 @pytest.mark.parametrize(

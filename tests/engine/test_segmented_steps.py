@@ -25,7 +25,7 @@ from minimax_jax.attention.transfer import _apart
 from minimax_jax.buckets import buckets_up_to
 from minimax_jax.cache import PagePool
 from minimax_jax.engine import cache_sizing
-from minimax_jax.engine.cache_sizing import pages_that_fit, sized_pool
+from minimax_jax.engine.cache_sizing import fill_memory, pages_that_fit
 from minimax_jax.engine.generation import generate_tokens
 from minimax_jax.model import merge_model
 from minimax_jax.segmented import BoundaryError, StaleCaptureError
@@ -234,7 +234,8 @@ def test_recapture_is_quick_and_recompiles_no_segment(model):
 def test_small_pool_then_final_pool(model):
     """The two phases of cache sizing: capture over few pages, release, capture over the final ones."""
     steps = segmented_steps(model, buckets=(16, 32))
-    pool = sized_pool(steps, model._leaves, model.config, jnp.float32, num_pages=10)
+    pool, device = PagePool(model.config, 2, jnp.float32, model._leaves[0].sharding), jax.devices()[0]
+    fill_memory(pool, lambda: steps.warm_up(model._leaves, pool), device, 1, num_pages=10)
     stats = steps.layers.stats()
     assert pool.num_pages == 10 and pool.epoch.value == 1
     assert (stats.captured, stats.captures, stats.invalidations, stats.traces) == (2, 4, 1, 2)
@@ -243,7 +244,7 @@ def test_small_pool_then_final_pool(model):
     assert steps.layers.stats().replays == 1
     np.testing.assert_allclose(got, whole_hidden(model, pool_of(model), step), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="num_pages: must be given"):
-        sized_pool(steps, model._leaves, model.config, jnp.float32)
+        fill_memory(pool, pytest.fail, device, 1)  # before anything is run
 
 
 def test_pages_fill_the_memory_that_is_left():

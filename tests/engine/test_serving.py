@@ -51,15 +51,19 @@ async def serve(llm, requests, cancelled, random):
     return await asyncio.gather(*(one(i, *request) for i, request in enumerate(requests)))
 
 
-@pytest.mark.parametrize(("count", "reuse"), [(24, True), (16, False), pytest.param(200, True, marks=LONG)])
-def test_requests_that_come_and_go_give_the_tokens_that_each_gives_alone(model, alone, count, reuse):
+@pytest.mark.parametrize(
+    ("count", "reuse", "steps"), [(24, True, 4), (16, False, 1), pytest.param(200, True, 1, marks=LONG),
+                                  pytest.param(200, True, 4, marks=LONG)],
+)  # fmt: skip
+def test_requests_that_come_and_go_give_the_tokens_that_each_gives_alone(model, alone, count, reuse, steps):
     random = np.random.default_rng(count)
     requests = random_requests(count, 300, seed=count)
     cancelled = set(random.choice(count, count // 6, replace=False).tolist())
-    with checked(small_llm(model, pages=FEW, reuse=reuse)) as llm:
+    with checked(small_llm(model, pages=FEW, reuse=reuse, steps=steps)) as llm:
         outputs = asyncio.run(serve(llm, requests, cancelled, random))
         check_nothing_left(llm)
-        assert (llm.stats().evicted > 0) == reuse
+        stats = llm.stats()
+    assert (stats.evicted > 0) == reuse and (sum(stats.steps.values()) > stats.launches) == (steps > 1)
     for index, (output, request) in enumerate(zip(outputs, requests, strict=True)):
         expected = alone(*request)[0]
         if index in cancelled:
@@ -103,8 +107,8 @@ def test_answers_of_one_prompt_differ_and_equal_those_of_a_batch_of_its_own(mode
     assert answers == [answer.token_ids for answer in outputs[2].outputs] == alone(prompt, params)
 
 
-@pytest.mark.parametrize("reuse", [True, False])
-def test_answers_that_outgrow_the_pages_wait_and_go_on_as_if_nothing_had_been(model, alone, reuse):
+@pytest.mark.parametrize(("reuse", "steps"), [(True, 4), (False, 1)])
+def test_answers_that_outgrow_the_pages_wait_and_go_on_as_if_nothing_had_been(model, alone, reuse, steps):
     """Eight answers of six pages each over 23: the youngest lose theirs, some more than once, and start again."""
     penalty = {"repetition_penalty": 1.2}
     requests = [
@@ -114,7 +118,7 @@ def test_answers_that_outgrow_the_pages_wait_and_go_on_as_if_nothing_had_been(mo
         )
         for i in range(8)
     ]
-    with checked(small_llm(model, pages=FEW, reuse=reuse)) as llm:
+    with checked(small_llm(model, pages=FEW, reuse=reuse, steps=steps)) as llm:
         outputs = llm.generate(*map(list, zip(*requests, strict=True)))
         check_nothing_left(llm)
         assert llm.stats().preemptions > 3

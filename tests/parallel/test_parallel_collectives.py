@@ -13,7 +13,7 @@ from minimax_jax import MiniMaxM3ForCausalLM
 from minimax_jax.cache import PagePool
 from minimax_jax.engine.row_state import Adjustments, empty_rows
 from minimax_jax.engine.sampler import sampling_state
-from minimax_jax.engine.steps import PickFeatures, PickInputs, StepInputs
+from minimax_jax.engine.step_inputs import PickFeatures, PickInputs, StepInputs
 from minimax_jax.parallel import ParallelConfig
 from minimax_kernels import Batch
 
@@ -32,7 +32,8 @@ def compiled_decode(sizes, layers, **options):
     ids, ones = np.zeros(rows, np.int32), np.ones(rows, np.float32)
     starts = np.tile(np.arange(ROWS + 1, dtype=np.int32), ranks.groups)
     batch = Batch(np.zeros((rows, 4), np.int32), starts, ids + 3)
-    changes = Adjustments(ones, ones, ones, np.zeros((rows, 0), np.int32), np.zeros((rows, 0), np.float32))
+    none = np.zeros((rows, 0), np.int32)
+    changes = Adjustments(ones, ones, ones, none, np.zeros((rows, 0), np.float32), none, ids)
     picking = PickInputs(ids, ids, ids, sampling_state(0, rows, 0.0, 1.0, 0, VOCAB), changes)
     given = (StepInputs(ids, ids - 1, ids + 2, ids, batch, ids), picking, empty_rows(rows, VOCAB))
     step, picking, state = ranks.place(given, jax.tree.map(lambda _: ranks.rows, given))

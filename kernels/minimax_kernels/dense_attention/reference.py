@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from minimax_kernels.batch import Batch, query_tiles, scatter_rows, tile_size
 from minimax_kernels.masked_softmax import masked_attention
+from minimax_kernels.single_rows import attend_single_rows
 
 
 def dense_attention(
@@ -25,6 +26,15 @@ def dense_attention(
     tables = jnp.maximum(batch.block_tables, 0)
     tiles = query_tiles(batch, num_tokens, tile_size(num_tokens, batch.num_requests))
     key_positions = jnp.arange(batch.num_blocks * block_size)
+    base = jnp.zeros_like(q) if out is None else out
+    if tiles.rows.shape[1] == 1:
+        rows = q.at[tiles.rows[:, 0]].get(mode="fill", fill_value=0)
+        rows = rows.reshape(-1, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        pages = jnp.repeat(tables[tiles.request][:, None], num_kv_heads, axis=1)
+        visible = (key_positions <= tiles.positions).reshape(-1, 1, batch.num_blocks, block_size)
+        visible = jnp.broadcast_to(visible, (*pages.shape, block_size))
+        attended = attend_single_rows(rows, k_cache, v_cache, pages, visible, scale=scale)
+        return scatter_rows(base, tiles.rows, attended.reshape(-1, 1, num_heads, head_dim))
 
     def attend_tile(tile):
         request, rows, positions = tile
@@ -38,5 +48,4 @@ def dense_attention(
         return attended.reshape(rows.shape[0], num_heads, head_dim)
 
     attended = jax.lax.map(jax.checkpoint(attend_tile), tuple(tiles))
-    base = jnp.zeros_like(q) if out is None else out
     return scatter_rows(base, tiles.rows, attended)

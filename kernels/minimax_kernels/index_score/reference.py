@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from minimax_kernels.batch import Batch, query_tiles, scatter_rows, tile_size
 from minimax_kernels.cache_types import as_read
+from minimax_kernels.single_rows import map_rows
 
 
 def index_score(
@@ -30,6 +31,9 @@ def index_score(
         visible = key_positions <= positions[:, None, None, None]
         return jnp.where(visible, scores, -jnp.inf).max(axis=-1)
 
-    scores = jax.lax.map(score_tile, tuple(tiles))
+    if tiles.rows.shape[1] == 1:
+        scores = map_rows(score_tile, tuple(tiles), num_blocks * index_cache[0].size)
+    else:
+        scores = jax.lax.map(score_tile, tuple(tiles))
     base = jnp.full((num_tokens, num_heads, num_blocks), -jnp.inf, jnp.float32)
     return scatter_rows(base, tiles.rows, scores).transpose(1, 0, 2)

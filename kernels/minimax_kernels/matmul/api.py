@@ -67,7 +67,7 @@ def matmul(
 
 def check_weight(name: str, w: Weight, shape: str) -> None:
     """Rank and types of a weight; of MXFP8 also that its scales fit its values."""
-    checks.check_rank(name, w, shape)
+    checks.check_rank(name, w.values if isinstance(w, Mxfp8) else w, shape)
     if isinstance(w, Mxfp8):
         w.check(name)
     else:

@@ -1,0 +1,55 @@
+"""Compiler options that put loops on a GPU into one CUDA graph (XLA's command buffer), where XLA takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+# XLA's own list, and WHILE
+LOOPS_IN_GRAPHS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE"
+}
+
+
+class GraphedLoop:
+    """A jitted function that holds a loop, compiled with the loop in a graph; without, if XLA or the driver refuse.
+
+    Attributes:
+      refusal: why loops are in no graphs, None while they are.
+    """
+
+    def __init__(self, make: Callable[[dict[str, Any] | None], Any], *, graphs: bool):
+        """
+        Args:
+          make: jits the function with given compiler options.
+          graphs: whether to try.
+        """
+        self._make = make
+        self._run = make(LOOPS_IN_GRAPHS if graphs else None)
+        self._untried = graphs
+        self.refusal: str | None = None if graphs else "not asked for"
+
+    def lower(self, *args: Any, **static: Any) -> jax.stages.Lowered:
+        """As `jax.jit`'s."""
+        return self._run.lower(*args, **static)
+
+    def __call__(self, donated: Any, *args: Any, **static: Any) -> Any:
+        """Runs it; `donated` is its first argument.
+
+        Raises:
+          jax.errors.JaxRuntimeError: as the function without graphs.
+        """
+        try:
+            result = self._run(donated, *args, **static)
+        except jax.errors.JaxRuntimeError as error:
+            taken = any(leaf.is_deleted() for leaf in jax.tree.leaves(donated))
+            # what failed for want of memory, or after it had run once, would fail in any form
+            if not self._untried or taken or "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            self._untried, self.refusal = False, str(error).splitlines()[0]
+            self._run = self._make(None)
+            return self._run(donated, *args, **static)
+        self._untried = False
+        return result
