@@ -14,12 +14,13 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One kernel: name, stream, start and length in microseconds."""
+    """One kernel: name, stream, start and length in microseconds, and which device ran it."""
 
     name: str
     stream: str
     start: float
     length: float
+    device: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +50,18 @@ def profile(run: Callable[[], jax.Array]) -> list[Launch]:
 
 
 def read_launches(trace: dict) -> list[Launch]:
-    """Events on the streams of a device."""
-    devices, threads = set(), {}
+    """Events on the streams of all devices."""
+    devices, threads = {}, {}
     for event in trace.get("traceEvents", []):
         if event.get("ph") != "M":
             continue
         name = str(event.get("args", {}).get("name", ""))
         if event.get("name") == "process_name" and "GPU" in name:
-            devices.add(event["pid"])
+            devices[event["pid"]] = name
         elif event.get("name") == "thread_name":
             threads[event["pid"], event["tid"]] = name
     launches = [
-        Launch(event["name"], thread, float(event["ts"]), float(event.get("dur", 0.0)))
+        Launch(event["name"], thread, float(event["ts"]), float(event.get("dur", 0.0)), devices[event["pid"]])
         for event in trace.get("traceEvents", [])
         if event.get("ph") == "X"
         and event.get("pid") in devices
