@@ -6,9 +6,10 @@
   python scripts/bench_multi_gpu.py --tp 8 --ep 8 --tiny --cpu-devices 8         a try without GPUs
 
 Parts, in this order, each in a process of its own; OUT/multi_gpu_PART.json is written after every row:
-  parity    the embedded checkpoint in float32: greedy tokens and selected blocks as on one GPU
+  parity    the embedded checkpoint in float32: greedy tokens and selected blocks as on one GPU, also with shared-out
+            index keys and, where GPUs attend their own requests, with the all-to-all
   full      M3 at full width with random weights, as many layers as fit: prefill and decode step times, the collectives'
-            share, shared-out index keys, segments against whole steps, resizing and capturing again
+            share, segments against whole steps, resizing and capturing again, the all-to-all, shared-out index keys
   dispatch  the host's time for a decode step, in one process and in one a GPU
   kill      one of several processes is killed in mid-generation: the others must end, and name it
   serve     random requests through LLM for --minutes, or what time is left: none lost, memory flat

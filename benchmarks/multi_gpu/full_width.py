@@ -129,7 +129,12 @@ class FullWidth:
             self._measure("steps", rest, self._wholes)
             self._shares([case for case in (decode[-1], prefill[-1]) if case not in first])
             self._segments(prefill)
-        self._split_index_keys([case for case in decode if case.size in plan.split])
+        parallel = self.model.ranks.layout.parallel
+        if parallel.attention_data > 1:
+            self._spread("all_to_all", prefill, all_to_all_tokens=1)
+        if parallel.tensor > 1:
+            batches = [case for case in decode if case.size in plan.split]
+            self._spread("shared_out_index_keys", batches, split_index_keys=True, all_to_all_tokens=None)
         return self.record
 
     def _measure(self, part: str, cases: Sequence[Case], wholes: Executables) -> None:
@@ -185,13 +190,14 @@ class FullWidth:
         self._save(self.record)
         self._say(f"  resized in {resize_s * 1e3:.1f} ms, captured again in {recapture_s * 1e3:.1f} ms")
 
-    def _split_index_keys(self, cases: Sequence[Case]) -> None:
-        if self.model.ranks.layout.parallel.tensor == 1 or self._late("shared-out index keys"):
+    def _spread(self, part: str, cases: Sequence[Case], **changes: Any) -> None:
+        """The same steps in a layout with other options."""
+        if self._late(part):
             return
-        self.model = self.model.with_split_index_keys()
+        self.model = self.model.spread(**changes)
         with Executables(self.model, self._compiled_one) as wholes:
             wholes.begin(cases)
-            self._measure("shared_out_index_keys", cases, wholes)
+            self._measure(part, cases, wholes)
 
     def _compiled_one(self, case: Case, seconds: float) -> None:
         self.record["compiled"] += 1

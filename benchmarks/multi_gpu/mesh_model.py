@@ -80,10 +80,14 @@ class MeshModel:
         self.slots = empty_rows_of(ranks, max(rows), config.vocab_size)
         self.attention = PagedAttention(self._local, ranks=ranks, request_buckets=rows, page_buckets=(width,))
 
-    def with_split_index_keys(self) -> MeshModel:
-        """The same weights where ranks share out index keys; this model's pool is released."""
+    def spread(self, **changes: Any) -> MeshModel:
+        """The same weights in a layout with other options; this model's pool is released.
+
+        Args:
+          changes: of `ParallelConfig`, other than its three sizes.
+        """
         self.pool.release()
-        parallel = dataclasses.replace(self.ranks.layout.parallel, split_index_keys=True)
+        parallel = dataclasses.replace(self.ranks.layout.parallel, **changes)
         ranks = Ranks(self.config, parallel, list(self.ranks.mesh.devices.flat))
         return MeshModel(
             self.config, ranks, self._state, pages=self._pages, rows=self._rows, width=self._width, dtype=self.dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -23,8 +24,9 @@ def check_parity(
     """float32 decides; bfloat16, in which sums of other orders round differently, is told.
 
     Returns:
-      "rows" by dtype and `split_index_keys`: the share of "same_tokens", (head, token) rows with "other_blocks" of so
-      many; "fine": whether float32 gives the same tokens, and other blocks in less than one row of a thousand.
+      "rows" by dtype and options of `ParallelConfig`: the share of "same_tokens", (head, token) rows with
+      "other_blocks" "of" so many; "fine": whether float32 gives the same tokens, and other blocks in less than one row
+      of a thousand.
     """
     random = np.random.default_rng(0)
     lengths = _TINY_LENGTHS if tiny else _LENGTHS
@@ -34,24 +36,34 @@ def check_parity(
         prompts = [random.integers(0, one.config.vocab_size, length).tolist() for length in lengths]
         tokens, blocks = _tokens(one, prompts, new_tokens), selections(one, prompts[0])
         say(f"  {dtype}: one device has answered ...")
-        for split in (False, True) if parallel.tensor > 1 and not tiny else (False,):
-            sizes = ParallelConfig(parallel.tensor, parallel.expert, parallel.attention_data, split_index_keys=split)
+        for options in _options(parallel, tiny=tiny):
+            sizes = dataclasses.replace(parallel, **options)
             model = MiniMaxM3ForCausalLM.from_pretrained("tiny", dtype, parallel=sizes, progress=False)
             assert model.ranks is not None
             found = selections(model, prompts[0])
             row = {
                 "dtype": dtype,
-                "split_index_keys": split,
+                **options,
                 "same_tokens": float((_tokens(model, prompts, new_tokens) == tokens).mean()),
                 "other_blocks": different_rows(blocks, found, model.ranks.layout),
                 "of": sum(len(layer) * layer.shape[1] for layer in found),
             }
             rows.append(row)
-            say(f"  {dtype}, split_index_keys = {split}: {row['same_tokens']:.1%} of the tokens are the same, "
+            say(f"  {dtype}, {options or 'as it is'}: {row['same_tokens']:.1%} of the tokens are the same, "
                 f"{row['other_blocks']} of {row['of']} selections differ")  # fmt: skip
     exact = [row for row in rows if row["dtype"] == "float32"]
     fine = all(row["same_tokens"] == 1 and row["other_blocks"] < _MOST_DIFFERENT * row["of"] for row in exact)
     return {"rows": rows, "fine": fine}
+
+
+def _options(parallel: ParallelConfig, *, tiny: bool) -> list[dict[str, Any]]:
+    """Ways to run the layout beside the plain one."""
+    options: list[dict[str, Any]] = [{}]
+    if parallel.tensor > 1 and not tiny:
+        options.append({"split_index_keys": True})
+    if parallel.attention_data > 1:
+        options.append({"all_to_all_tokens": 1})
+    return options
 
 
 def _tokens(model: MiniMaxM3ForCausalLM, prompts: list[list[int]], new_tokens: int) -> np.ndarray:

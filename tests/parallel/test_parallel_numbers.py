@@ -26,10 +26,22 @@ def expected():
 
 @pytest.mark.parametrize("sizes", cases(LAYOUTS, OFTEN))
 def test_logits_and_greedy_tokens_equal_one_devices(sizes, expected):
+    assert_same_numbers(over_ranks(sizes), expected)
+
+
+def assert_same_numbers(model, expected):
     ids, logits, tokens = expected
-    model = over_ranks(sizes)
     np.testing.assert_allclose(model(ids).logits, logits, rtol=0, atol=1e-4)
     np.testing.assert_array_equal(model.generate(ids, max_new_tokens=NEW), tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sizes", "options"), [((1, 8, 8), {"all_to_all_tokens": 20}), ((2, 8, 4), {"hosts": 2})], ids=str
+)
+def test_other_ways_to_the_experts_give_one_devices_numbers(sizes, options, expected):
+    """All-to-all, in steps with prompts only: the steps after them have fewer tokens. Two hosts."""
+    assert_same_numbers(over_ranks(sizes, **options), expected)
 
 
 @pytest.mark.parametrize("sizes", cases(LAYOUTS, [(8, 1, 1), (2, 8, 4)]))
