@@ -39,6 +39,7 @@ LIMITS = {"parity": 90.0, "full": 200.0, "dispatch": 90.0, "kill": 60.0, "serve"
 _CPU_PATIENCE = 8  # times as many seconds for simulated devices
 _GRACE = 20.0  # seconds after which a part that should have ended is ended
 _LEAST_S = 15.0  # seconds that are left, with fewer of which no part begins
+_COMPILE_S = 25.0  # seconds that what is being compiled may still take when a part ends
 _BUILD_S = 45.0  # seconds that an engine takes before it serves
 _MEMORY_FRACTION = "0.92"  # of a GPU, for JAX
 
@@ -85,9 +86,11 @@ def arguments() -> argparse.Namespace:
     if args.weights not in MAKERS:
         parser.error(f"--weights = {args.weights}: must be one of {', '.join(MAKERS)}")
     try:
-        ParallelConfig(args.tp, args.ep, args.attention_dp)
+        devices = ParallelConfig(args.tp, args.ep, args.attention_dp).num_devices
     except ParallelError as error:
         parser.error(str(error))
+    if devices == 1 and "kill" in args.parts.split(","):
+        parser.error("--parts: kill needs two devices or more")
     if args.tiny:
         args.layers, args.serve_layers, args.dispatch_layers = 3, 2, 2
     return args
@@ -131,7 +134,7 @@ def run_on_devices(args: argparse.Namespace, part: str) -> bool:
     if part == "parity":
         record = check_parity(parallel, tiny=args.tiny, new_tokens=4 if args.tiny else 32, say=say)
     elif part == "full":
-        plan, deadline = TINY if args.tiny else FULL, START + args.limit_s
+        plan, deadline = TINY if args.tiny else FULL, START + args.limit_s - (0 if args.tiny else _COMPILE_S)
         bench = FullWidth(
             parallel, plan, weights=args.weights, layers=args.layers, say=say, save=save, deadline=deadline
         )
@@ -170,7 +173,7 @@ def run_processes(args: argparse.Namespace, part: str) -> bool:
         save(record)
         return record["fine"]
     record, fine = {}, True
-    for processes in (1, count):
+    for processes in dict.fromkeys((1, count)):
         options = ["--layers", str(args.dispatch_layers), *(["--tiny", "--steps", "5"] if args.tiny else [])]
         file = args.out / f"dispatch_{processes}.json"
         command = over_devices(

@@ -142,9 +142,10 @@ class FullWidth:
             if self._late(f"{part}: {case}"):
                 continue
             times = self._time({"whole": wholes.get(case)}, case)["whole"]
-            self._add(part, case, times)
             each = times["step_us"] / self.record["layers"]
-            self._say(f"  {part}: {case}: {times['step_us'] / 1e3:.2f} ms, {each:.0f} us a layer")
+            self._add(part, case, {**times, "layer_us": each, "all_layers_ms": each * M3_LAYERS / 1e3})
+            shown = f"{times['step_us'] / 1e3:.2f} ms, {each:.0f} us a layer"
+            self._say(f"  {part}: {case}: {shown}, {each * M3_LAYERS / 1e3:.1f} ms for {M3_LAYERS} such layers")
 
     def _shares(self, cases: Sequence[Case]) -> None:
         for case in cases:

@@ -148,13 +148,12 @@ class WholeStep:
 
     Attributes:
       case: the step; inputs: its tokens on the devices.
-      layers: the executable.
     """
 
-    def __init__(self, mesh_model: MeshModel, case: Case, layers: Any = None):
+    def __init__(self, mesh_model: MeshModel, case: Case, executables: tuple[Any, Any] | None = None):
         """
         Args:
-          layers: an executable of the same shapes; None to compile one.
+          executables: those of a step of the same shapes; None to compile them.
         """
         self.case, self._mesh_model = case, mesh_model
         ranks, groups = mesh_model.ranks, mesh_model.ranks.groups
@@ -181,20 +180,25 @@ class WholeStep:
         self.inputs = StepInputs(tokens, sources, positions, slots, batch, last)
         self._picking = PickInputs(kv_lens, own, own, sampling, adjustments)
         model = mesh_model.model
-        if layers is None:
-            shapes = jax.tree.map(_shape, (model.leaves, mesh_model.pool.caches, mesh_model.slots.last_tokens))
-            layers = model.steps.layers.lower(*shapes, self.inputs).compile()
-        self.layers = layers
+        if executables is None:
+            leaves, caches, slots = jax.tree.map(_shape, (model.leaves, mesh_model.pool.caches, mesh_model.slots))
+            layers = model.steps.layers.lower(leaves, caches, slots.last_tokens, self.inputs).compile()
+            hidden = jax.ShapeDtypeStruct(
+                (groups * rows, mesh_model.config.hidden_size), mesh_model.dtype, sharding=layers.output_shardings[1]
+            )
+            pick = model.steps.pick.lower(leaves, slots, hidden, self._picking, features=PickFeatures()).compile()
+            executables = layers, pick
+        self._executables = executables
 
     def after(self, past: int) -> WholeStep:
-        """The same executable after another context."""
-        return WholeStep(self._mesh_model, dataclasses.replace(self.case, past=past), self.layers)
+        """The same executables after another context."""
+        return WholeStep(self._mesh_model, dataclasses.replace(self.case, past=past), self._executables)
 
     def run_layers(self) -> jax.Array:
         """Hidden states of each request's last token."""
         mesh_model = self._mesh_model
         with mesh_model.pool.borrow() as lent:
-            _, last, lent.caches = self.layers(
+            _, last, lent.caches = self._executables[0](
                 mesh_model.model.leaves, lent.caches, mesh_model.slots.last_tokens, self.inputs
             )
         return last
@@ -202,9 +206,8 @@ class WholeStep:
     def __call__(self) -> jax.Array:
         """The tokens that follow, greedily."""
         mesh_model = self._mesh_model
-        steps, leaves = mesh_model.model.steps, mesh_model.model.leaves
-        picked, _, mesh_model.slots = steps.pick(
-            leaves, mesh_model.slots, self.run_layers(), self._picking, features=PickFeatures()
+        picked, _, mesh_model.slots = self._executables[1](
+            mesh_model.model.leaves, mesh_model.slots, self.run_layers(), self._picking
         )
         return picked
 
