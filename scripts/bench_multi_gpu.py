@@ -40,7 +40,6 @@ _CPU_PATIENCE = 8  # times as many seconds for simulated devices
 _GRACE = 20.0  # seconds after which a part that should have ended is ended
 _LEAST_S = 15.0  # seconds that are left, with fewer of which no part begins
 _COMPILE_S = 25.0  # seconds that what is being compiled may still take when a part ends
-_BUILD_S = 45.0  # seconds that an engine takes before it serves
 _MEMORY_FRACTION = "0.92"  # of a GPU, for JAX
 
 
@@ -143,10 +142,10 @@ def run_on_devices(args: argparse.Namespace, part: str) -> bool:
             say(f"  left out for want of time: {'; '.join(record['left_out'])}")
         say(f"  {record['compiled']} executables were compiled")
     else:
-        seconds = max(5.0, min(args.minutes * 60, START + args.limit_s - time.monotonic() - _BUILD_S * (not args.tiny)))
         record = serve_random(
             parallel,
-            seconds=seconds,
+            seconds=args.minutes * 60,
+            deadline=START + args.limit_s,
             layers=args.serve_layers,
             weights=args.weights,
             tiny=args.tiny,

@@ -20,6 +20,7 @@ from minimax_jax import LLM, MiniMaxM3ForCausalLM, SamplingParams
 from minimax_jax.parallel import ParallelConfig, Ranks
 
 _CALLERS, _TOGETHER = 4, 16  # threads that call `generate`, and prompts of a call at most
+_DRAIN = 10.0  # seconds for the last answers
 # bytes by which use may grow from the first third to the last
 _DEVICE_GROWTH, _HOST_GROWTH = 64 << 20, 256 << 20
 
@@ -28,6 +29,7 @@ def serve_random(
     parallel: ParallelConfig,
     *,
     seconds: float,
+    deadline: float,
     layers: int,
     weights: str,
     tiny: bool,
@@ -35,6 +37,9 @@ def serve_random(
     save: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Several threads ask without a pause; every answer must have the length that was asked for.
+
+    Args:
+      deadline: of `time.monotonic`; what is asked for must be answered by then, so the last seconds ask for nothing.
 
     Returns:
       "requests", "lost" (with the first few "errors"), "tokens_per_s", "steps"; "device_bytes" and "host_bytes" over
@@ -60,7 +65,8 @@ def serve_random(
         record: dict[str, Any] = {"layers": layers, "build_s": time.monotonic() - began, "compiled": llm.stats().traces}
         say(f"  {layers} layers serve after {record['build_s']:.0f} s")
         counts = _Counts()
-        stop, start = time.monotonic() + seconds, time.monotonic()
+        start = time.monotonic()
+        stop = min(start + seconds, max(deadline - _DRAIN, start + 1))
         samples: list[tuple[float, int | None, int]] = []
         with concurrent.futures.ThreadPoolExecutor(_CALLERS) as callers:
             asking = [callers.submit(_ask, llm, seed, prompt, longest, stop, counts) for seed in range(_CALLERS)]

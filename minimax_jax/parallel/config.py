@@ -36,7 +36,8 @@ class ParallelConfig:
         heads; without it each has and scores all of them. Tokens are the same. Off by default: it costs two small
         exchanges in each sparse layer, which long contexts win back and short ones do not.
       hosts: among which the `attention_data` groups are dealt, so that tokens go between hosts once, then to the ranks
-        of a host over its own links. 1 does not tell hosts apart. Tokens are the same but for rounding.
+        of a host over its own links. JAX's devices must be in the order of the hosts, as many on each. 1 does not tell
+        hosts apart. Tokens are the same but for rounding.
       all_to_all_tokens: steps of so many tokens or more, those of all groups and padding included, send each token
         to the ranks of its experts only, others to all ranks. None for never.
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from parallel_models import four_head_config
 
-from minimax_jax.parallel import ParallelConfig, ParallelError
+from minimax_jax.parallel import ParallelConfig, ParallelError, check_processes
 from minimax_jax.parallel.comm import MeshComm
 from minimax_jax.parallel.config import EXPERTS, REQUESTS
 from minimax_jax.parallel.expert_routes import summed, token_routes
@@ -182,10 +182,13 @@ def test_rows_that_nobody_sends_are_zeros():
     np.testing.assert_array_equal(np.asarray(swapped)[:, 0], [0, 5, 6, 0, 2, 3, 0, 0])
 
 
-def test_hosts_and_thresholds_that_cannot_be_are_named():
+def test_hosts_and_thresholds_that_cannot_be_are_named(monkeypatch):
     with pytest.raises(ParallelError, match="hosts = 3: must divide attention_data = 4"):
         ParallelConfig(1, 4, 4, hosts=3)
     with pytest.raises(ParallelError, match="all_to_all_tokens = 0: must be an integer >= 1"):
         ParallelConfig(1, 4, 4, all_to_all_tokens=0)
     with pytest.raises(ParallelError, match="same tokens = 4: must divide hidden_size = 66"):
         ParallelConfig(4, 8, 2, hosts=2).check(four_head_config(hidden_size=66), 8)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ParallelError, match="hosts = 4: must divide the 2 processes"):
+        check_processes(ParallelConfig(1, 8, 8, hosts=4))
