@@ -232,12 +232,21 @@ def _end_group(child: subprocess.Popen) -> None:
             child.wait(5)
 
 
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     """Runs the parts that were asked for."""
     args = arguments()
     parts = args.parts.split(",")
     if len(parts) > 1:
-        return run_all(args, parts)
+        signal.signal(signal.SIGTERM, _interrupt)  # or the part that runs would outlive this process
+        try:
+            return run_all(args, parts)
+        except KeyboardInterrupt:
+            say("interrupted; what was measured is in --out")
+            return 130
     args.out.mkdir(parents=True, exist_ok=True)
     run = run_processes if parts[0] in ("dispatch", "kill") else run_on_devices
     return 0 if run(args, parts[0]) else 1
