@@ -46,15 +46,21 @@ class Comm:
         return expert_ids, weights
 
     def run_experts(
-        self, experts: Experts, x: Float[Array, "T H"], expert_ids: Int[Array, "T k"], weights: Float[Array, "T k"]
+        self,
+        experts: Experts,
+        x: Float[Array, "T H"],
+        expert_ids: Int[Array, "T k"],
+        weights: Float[Array, "T k"],
+        shared: Callable[[Float[Array, "T H"]], Float[Array, "T H"]],
     ) -> Float[Array, "T H"]:
-        """Brings tokens to the ranks of their experts, runs `experts` on what is there, and brings the sums back.
+        """Brings tokens to the ranks of their experts, runs `experts` on what is there, brings the sums back, and adds.
 
         Args:
           experts: takes rows, local expert ids and weights; an id from the number of local experts on stands for none.
           expert_ids: of all ranks' experts.
+          shared: what every token gets besides, from where it is; may run while sums come back.
         """
-        return experts(x, expert_ids, weights)
+        return experts(x, expert_ids, weights) + shared(x)
 
 
 SINGLE_DEVICE = Comm()

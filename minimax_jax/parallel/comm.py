@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -54,7 +56,12 @@ class MeshComm(Comm):
         return jnp.take_along_axis(ids, winner[None], axis=0)[0]
 
     def run_experts(
-        self, experts: Experts, x: Float[Array, "T H"], expert_ids: Int[Array, "T k"], weights: Float[Array, "T k"]
+        self,
+        experts: Experts,
+        x: Float[Array, "T H"],
+        expert_ids: Int[Array, "T k"],
+        weights: Float[Array, "T k"],
+        shared: Callable[[Float[Array, "T H"]], Float[Array, "T H"]],
     ) -> Float[Array, "T H"]:
         """See `ExpertDispatch`; `sum_mlp` does the rest, shared expert included."""
-        return self._dispatch(experts, x, expert_ids, weights)
+        return self._dispatch(experts, x, expert_ids, weights, shared)

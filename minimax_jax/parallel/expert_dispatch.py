@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -30,16 +32,28 @@ class ExpertDispatch:
         self._columns = parallel.real((REPLICA, OUTER))
 
     def __call__(
-        self, experts: Experts, x: Float[Array, "T H"], expert_ids: Int[Array, "T k"], weights: Float[Array, "T k"]
+        self,
+        experts: Experts,
+        x: Float[Array, "T H"],
+        expert_ids: Int[Array, "T k"],
+        weights: Float[Array, "T k"],
+        shared: Callable[[Float[Array, "T H"]], Float[Array, "T H"]],
     ) -> Float[Array, "T H"]:
-        """`experts` is given rows, ids of this rank's experts, and weights; ids of others are `experts_per_rank`."""
+        """`experts` is given rows, ids of this rank's experts, and weights; ids of others are `experts_per_rank`.
+
+        `shared` is for this rank's own tokens, and runs while the experts' sums are on their way back.
+        """
         if not self._requests:
-            return experts(x, self._local_ids(expert_ids), weights)
+            return experts(x, self._local_ids(expert_ids), weights) + shared(x)
         all_ids, all_weights = self._all_choices(expert_ids, weights)
         if self._exchanges(all_ids.shape[0]):
-            return self._by_all_to_all(experts, x, all_ids, all_weights)
-        outputs = experts(self._rows.gather(x), self._local_ids(all_ids), all_weights)
-        return self._rows.scatter_sums(outputs)
+            outputs, come_back = self._by_all_to_all(experts, x, all_ids, all_weights)
+        else:
+            outputs = experts(self._rows.gather(x), self._local_ids(all_ids), all_weights)
+            come_back = self._rows.scatter_sums
+        # else XLA may merge the shared expert's products with the router's, before anything is under way
+        outputs, x = jax.lax.optimization_barrier((outputs, x))
+        return come_back(outputs) + shared(x)
 
     def _exchanges(self, tokens: int) -> bool:
         least = self._parallel.all_to_all_tokens
@@ -62,7 +76,8 @@ class ExpertDispatch:
 
     def _by_all_to_all(
         self, experts: Experts, x: Float[Array, "t H"], all_ids: Int[Array, "n*t k"], all_weights: Float[Array, "n*t k"]
-    ) -> Float[Array, "t H"]:
+    ) -> tuple[Float[Array, "n*t H"], Callable[[Float[Array, "n*t H"]], Float[Array, "t H"]]]:
+        """What the experts give where they are, and how that comes back."""
         ranks, columns = self._parallel.size(REQUESTS), self._parallel.size((REPLICA, OUTER))
         expert_ranks = all_ids // self._experts_per_rank
         destinations = expert_ranks // columns
@@ -73,5 +88,9 @@ class ExpertDispatch:
         rows = ragged_exchange(x[routes.sent], *routes.there, num_rows=all_ids.shape[0], axes=self._requests)
         ids = taken(self._local_ids(all_ids), routes.arrived, self._experts_per_rank)
         outputs = experts(rows, ids, taken(all_weights, routes.arrived, 0.0))
-        answers = ragged_exchange(outputs, *routes.back, num_rows=routes.sent.shape[0], axes=self._requests)
-        return summed(answers, routes.slots)
+
+        def come_back(outputs: Float[Array, "n*t H"]) -> Float[Array, "t H"]:
+            answers = ragged_exchange(outputs, *routes.back, num_rows=routes.sent.shape[0], axes=self._requests)
+            return summed(answers, routes.slots)
+
+        return outputs, come_back

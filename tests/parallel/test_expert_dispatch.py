@@ -16,6 +16,7 @@ from parallel_models import four_head_config
 from minimax_jax.parallel import ParallelConfig, ParallelError, check_processes
 from minimax_jax.parallel.comm import MeshComm
 from minimax_jax.parallel.config import EXPERTS, REQUESTS
+from minimax_jax.parallel.config import TOKENS as SAME_TOKENS
 from minimax_jax.parallel.expert_routes import summed, token_routes
 from minimax_jax.parallel.mesh import make_mesh
 from minimax_jax.parallel.ragged_exchange import ragged_exchange
@@ -52,8 +53,11 @@ def dispatched(way):
     comm = MeshComm(parallel, NUM_EXPERTS // parallel.expert)
     sharing = 8 // parallel.expert  # ranks with the same expert, of which each gives its part
 
+    def shared(x):  # this rank's part
+        return x / parallel.size(SAME_TOKENS)
+
     def rank(x, ids, weights, factors):
-        return comm.sum_mlp(comm.run_experts(experts_of(factors / sharing), x, ids, weights))
+        return comm.sum_mlp(comm.run_experts(experts_of(factors / sharing), x, ids, weights, shared))
 
     rows = P(REQUESTS)
     body = jax.shard_map(
@@ -71,7 +75,7 @@ def arguments(way, ids, seed=0):
 
 
 def expected(x, ids, weights, factors):
-    return x * (factors[ids] * weights).sum(axis=1, keepdims=True)
+    return x * (1 + (factors[ids] * weights).sum(axis=1, keepdims=True))
 
 
 @st.composite
