@@ -11,9 +11,10 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import floors, measure, picture, summary, timing
+from benchmarks import measure, picture, summary
 from benchmarks.cases import BASELINE_FILE
 from benchmarks.machine import describe_machine
+from minimax_jax.rank_slice.ceilings import Ceilings, measure_ceilings
 
 
 def run_bench(
@@ -38,6 +39,7 @@ def run_bench(
     rows, left = measure.run_jobs(jobs, impl, ceilings, deadline, say, rotate)
     found = summary.means(rows)
     checks = summary.check_targets(found)
+    faster = summary.speedups(rows)
     machine = describe_machine()
     left_out = [f"{job.case.phase} {job.case.short_name} tp{job.heads.tp}" for job in left]
     record = {
@@ -48,6 +50,7 @@ def run_bench(
         "ceilings": dataclasses.asdict(ceilings),
         "targets": [{**dataclasses.asdict(t), "found": value, "verdict": verdict} for t, value, verdict in checks],
         "means": [dataclasses.asdict(mean) for mean in found],
+        "fp8_speedups": faster,
         "rows": [dataclasses.asdict(row) for row in rows],
         "left_out": left_out,
     }
@@ -61,14 +64,17 @@ def run_bench(
         )
     else:
         say("nothing was measured: no picture")
+    table = summary.table(found, checks)
+    if faster:
+        table += "\n\n" + summary.speedup_table(faster)
     fine = not any(row.refused.startswith(measure.FAILED) for row in rows)
-    return fine, "\n".join(_ending(summary.table(found, checks), rows, left_out, ceilings, machine))
+    return fine, "\n".join(_ending(table, rows, left_out, ceilings, machine))
 
 
-def _ceilings(say: Callable[[str], None]) -> floors.Ceilings:
+def _ceilings(say: Callable[[str], None]) -> Ceilings:
     begin = time.monotonic()
     small = jax.default_backend() == "cpu"
-    ceilings = timing.measure_ceilings(64 << 20, 256) if small else timing.measure_ceilings()
+    ceilings = measure_ceilings(64 << 20, 256) if small else measure_ceilings()
     say(
         f"ceilings: copy {ceilings.copy_bytes_per_s / 1e12:.2f} TB/s, bf16 matmul "
         f"{ceilings.matmul_flop_per_s / 1e12:.0f} TFLOP/s ({time.monotonic() - begin:.0f} s)"
@@ -77,7 +83,7 @@ def _ceilings(say: Callable[[str], None]) -> floors.Ceilings:
 
 
 def _ending(
-    table: str, rows: Sequence[measure.Row], left_out: list[str], ceilings: floors.Ceilings, machine: dict[str, str]
+    table: str, rows: Sequence[measure.Row], left_out: list[str], ceilings: Ceilings, machine: dict[str, str]
 ) -> list[str]:
     lines = [table, ""]
     refused: dict[str, int] = {}

@@ -1,11 +1,11 @@
 """Random inputs of a case on the device: pools of pages, block tables over permuted pages, queries.
 
-Everything is random and bf16; keys, values and queries are independent N(0, 1). Index queries are an AR(1) process
-along the tokens, y_t = rho * y_(t-1) + sqrt(1 - rho^2) * x_t with x ~ N(0, 1) per head and channel, and y_(-1) = 0: at
-rho 0 neighbouring queries select unrelated blocks, at 0.99 nearly the same ones. Requests of one batch follow one
-another in one run of that process. The baselines' own `union8` says that they started from zero: 182 tokens at TP1 give
-32.2 and 33.3 (two seeds) from zero, 29.0 and 28.9 from N(0, 1), and the baseline has 33.8; 1623 tokens give 29.0 and
-29.1 from zero, 28.6 and 28.6 from N(0, 1), and the baseline has 29.1.
+Everything is random, bf16 or, in caches, e4m3; keys, values and queries are independent N(0, 1). Index queries are an
+AR(1) process along the tokens, y_t = rho * y_(t-1) + sqrt(1 - rho^2) * x_t with x ~ N(0, 1) per head and channel, and
+y_(-1) = 0: at rho 0 neighbouring queries select unrelated blocks, at 0.99 nearly the same ones. Requests of one batch
+follow one another in one run of that process. The baselines' own `union8` says that they started from zero: 182 tokens
+at TP1 give 32.2 and 33.3 (two seeds) from zero, 29.0 and 28.9 from N(0, 1), and the baseline has 33.8; 1623 tokens give
+29.0 and 29.1 from zero, 28.6 and 28.6 from N(0, 1), and the baseline has 29.1.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ class Inputs:
     batch: Batch
 
 
-def touched_bytes(case: Case, heads: Heads) -> int:
-    """Roughly what one chain reads: index keys, and the keys and values that can be selected."""
+def touched_bytes(case: Case, heads: Heads, cached: int = 2) -> int:
+    """Roughly what one chain reads, `cached` bytes a channel: index keys, and keys and values that can be selected."""
     keys = sum(min(kv, 2048 * n) for kv, n in zip(case.kv_lens, case.query_lens, strict=True))
-    return sum(case.kv_lens) * HEAD_DIM * 2 + keys * heads.kv * HEAD_DIM * 4
+    return (sum(case.kv_lens) + 2 * keys * heads.kv) * HEAD_DIM * cached
 
 
-def sets_for(case: Case, heads: Heads) -> int:
+def sets_for(case: Case, heads: Heads, cached: int = 2) -> int:
     """How many sets of inputs a case rotates through, so that none finds its data in L2."""
-    return max(1, min(MOST_SETS, -(-ROTATED_BYTES // touched_bytes(case, heads))))
+    return max(1, min(MOST_SETS, -(-ROTATED_BYTES // touched_bytes(case, heads, cached))))
 
 
 def pool_pages(case: Case, sets: int) -> int:
@@ -67,28 +67,28 @@ def pool_pages(case: Case, sets: int) -> int:
     return power * 3 // 4 if need <= power * 3 // 4 and power * 3 // 4 % CHUNK_PAGES == 0 else power
 
 
-def pool_bytes(pages: int, heads: Heads) -> int:
+def pool_bytes(pages: int, heads: Heads, cached: int = 2) -> int:
     """Memory of a pool."""
-    return pages * BLOCK * HEAD_DIM * 2 * (2 * heads.kv + 1)
+    return pages * BLOCK * HEAD_DIM * cached * (2 * heads.kv + 1)
 
 
-def make_pool(pages: int, heads: Heads, seed: int = 0) -> Pool:
+def make_pool(pages: int, heads: Heads, seed: int = 0, dtype: str = "bfloat16") -> Pool:
     """Fills caches with N(0, 1), a few pages at a time: no copy in float32 of the whole."""
     sizes = ((heads.kv, BLOCK, HEAD_DIM),) * 2 + ((BLOCK, HEAD_DIM),)
-    return Pool(*(_normal_pages(_key(seed + i), pages, size) for i, size in enumerate(sizes)))
+    return Pool(*(_normal_pages(_key(seed + i), pages, size, dtype) for i, size in enumerate(sizes)))
 
 
 def _key(seed: int) -> jax.Array:
     return jax.random.key(seed, impl="rbg")  # the device's own generator: several times threefry's speed
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _normal_pages(key: jax.Array, pages: int, page_shape: tuple[int, ...]) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _normal_pages(key: jax.Array, pages: int, page_shape: tuple[int, ...], dtype: str) -> jax.Array:
     def fill(i, cache):
         chunk = jax.random.normal(jax.random.fold_in(key, i), (CHUNK_PAGES, *page_shape), jnp.float32)
-        return jax.lax.dynamic_update_slice_in_dim(cache, chunk.astype(jnp.bfloat16), i * CHUNK_PAGES, 0)
+        return jax.lax.dynamic_update_slice_in_dim(cache, chunk.astype(dtype), i * CHUNK_PAGES, 0)
 
-    return jax.lax.fori_loop(0, pages // CHUNK_PAGES, fill, jnp.zeros((pages, *page_shape), jnp.bfloat16))
+    return jax.lax.fori_loop(0, pages // CHUNK_PAGES, fill, jnp.zeros((pages, *page_shape), dtype))
 
 
 @functools.partial(jax.jit, static_argnums=(1,))

@@ -1,9 +1,9 @@
 """What each op must compute and move, and the least time that takes.
 
-Bytes: every input once and every output once, at 2 bytes a channel (bf16), 4 a score or a selected id; keys and values
-at most once a request (a perfect kernel shares them among its queries), and no more of them than its queries can
-select. FLOPs: scores of whole visible blocks (the block max needs them all); attention over exactly the visible keys
-of the selected blocks.
+Bytes: every input once and every output once, at 2 bytes a channel (bf16; 1 in caches of e4m3), 4 a score or a selected
+id; keys and values at most once a request (a perfect kernel shares them among its queries), and no more of them than
+its queries can select. FLOPs: scores of whole visible blocks (the block max needs them all); attention over exactly
+the visible keys of the selected blocks.
 """
 
 from __future__ import annotations
@@ -11,16 +11,10 @@ from __future__ import annotations
 import dataclasses
 
 from benchmarks.cases import BLOCK, HEAD_DIM, TOPK, Case, Heads
+from minimax_jax.rank_slice.attention_work import selected_keys, visible_blocks
+from minimax_jax.rank_slice.ceilings import Ceilings
 
 BF16, WORD = 2, 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Ceilings:
-    """What the device does at best: measured, see `benchmarks.timing`."""
-
-    copy_bytes_per_s: float
-    matmul_flop_per_s: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,31 +29,21 @@ class Work:
         return max(self.flops / ceilings.matmul_flop_per_s, self.bytes / ceilings.copy_bytes_per_s)
 
 
-def visible_blocks(query_len: int, prefix: int) -> int:
-    """Blocks that the tokens at prefix .. prefix + query_len - 1 see, summed."""
-    return _blocks_below(prefix + query_len) - _blocks_below(prefix)
-
-
-def selected_keys(query_len: int, prefix: int, topk: int = TOPK) -> int:
-    """Keys that those tokens attend to, summed: topk blocks, the last of them the token's own up to itself."""
-    return _keys_below(prefix + query_len, topk) - _keys_below(prefix, topk)
-
-
-def score_work(case: Case, heads: Heads) -> Work:
-    """index_score."""
+def score_work(case: Case, heads: Heads, cached: int = BF16) -> Work:
+    """index_score; `cached` bytes a channel of a cache."""
     blocks = sum(map(visible_blocks, case.query_lens, case.prefix_lens))
     flops = 2 * heads.index * HEAD_DIM * BLOCK * blocks
     queries = case.tokens * heads.index * HEAD_DIM * BF16
-    return Work(flops, queries + index_key_bytes(case) + heads.index * blocks * WORD)
+    return Work(flops, queries + index_key_bytes(case, cached) + heads.index * blocks * WORD)
 
 
-def select_work(case: Case, heads: Heads) -> Work:
+def select_work(case: Case, heads: Heads, cached: int = BF16) -> Work:
     """select_blocks: scores in, ids out; comparisons are not counted."""
     blocks = sum(map(visible_blocks, case.query_lens, case.prefix_lens))
     return Work(0, heads.index * WORD * (blocks + case.tokens * TOPK))
 
 
-def attention_work(case: Case, heads: Heads) -> Work:
+def attention_work(case: Case, heads: Heads, cached: int = BF16) -> Work:
     """sparse_attention."""
     keys = sum(map(selected_keys, case.query_lens, case.prefix_lens))
     flops = 4 * heads.q * HEAD_DIM * keys
@@ -67,7 +51,7 @@ def attention_work(case: Case, heads: Heads) -> Work:
     read = sum(
         min(kv_len, query_len * TOPK * BLOCK) for kv_len, query_len in zip(case.kv_lens, case.query_lens, strict=True)
     )
-    return Work(flops, rows + 2 * read * heads.kv * HEAD_DIM * BF16)
+    return Work(flops, rows + 2 * read * heads.kv * HEAD_DIM * cached)
 
 
 WORK = {"score": score_work, "select": select_work, "attention": attention_work}
@@ -80,37 +64,24 @@ PARTS = {  # the parts of a timed op
 }
 
 
-def index_key_bytes(case: Case) -> int:
+def index_key_bytes(case: Case, cached: int = BF16) -> int:
     """Index keys of every request, once."""
-    return sum(case.kv_lens) * HEAD_DIM * BF16
+    return sum(case.kv_lens) * HEAD_DIM * cached
 
 
-def floor_seconds(op: str, case: Case, heads: Heads, ceilings: Ceilings) -> float:
+def floor_seconds(op: str, case: Case, heads: Heads, ceilings: Ceilings, cached: int = BF16) -> float:
     """The least time of an op of `benchmarks.cases`; a chain need not write its scores, but scores before attending."""
-    score, select, attention = (work(case, heads) for work in (score_work, select_work, attention_work))
+    score, select, attention = (work(case, heads, cached) for work in (score_work, select_work, attention_work))
     if op == "score":
         return score.seconds(ceilings)
     if op == "select":
         return select.seconds(ceilings)
     if op == "attention":
         return attention.seconds(ceilings)
-    fused = Work(score.flops, case.tokens * heads.index * HEAD_DIM * BF16 + index_key_bytes(case)).seconds(ceilings)
+    queries = case.tokens * heads.index * HEAD_DIM * BF16
+    fused = Work(score.flops, queries + index_key_bytes(case, cached)).seconds(ceilings)
     if op == "index":
         return fused
     if op == "chain":
         return fused + attention.seconds(ceilings)
     raise ValueError(f"op = {op!r}: must be score, select, index, attention or chain")
-
-
-def _blocks_below(tokens: int) -> int:
-    whole, rest = divmod(tokens, BLOCK)
-    return BLOCK * whole * (whole + 1) // 2 + rest * (whole + 1)
-
-
-def _keys_below(tokens: int, topk: int) -> int:
-    """Sum over positions p < tokens of min(p + 1, (topk - 1) * B + p % B + 1)."""
-    dense = min(tokens, topk * BLOCK)  # up to here every key is selected
-    keys = dense * (dense + 1) // 2
-    whole, rest = divmod(tokens - dense, BLOCK)
-    base = (topk - 1) * BLOCK
-    return keys + whole * (base * BLOCK + BLOCK * (BLOCK + 1) // 2) + rest * base + rest * (rest + 1) // 2

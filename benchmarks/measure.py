@@ -16,6 +16,7 @@ import numpy as np
 from benchmarks import case_data, floors, ops, timing
 from benchmarks.case_data import Pool, Queries
 from benchmarks.cases import DECODE_OPS, HEADS, PREFILL_OPS, Case, Heads, baseline, decode_cases, prefill_cases
+from minimax_jax.rank_slice.ceilings import Ceilings
 
 FAILED = "FAILED"  # how `Row.refused` starts after an error
 WAVE = 8
@@ -31,6 +32,12 @@ class Job:
     heads: Heads
     rhos: tuple[float, ...]
     ops: tuple[str, ...]
+    cache_dtype: str = "bfloat16"
+
+    @property
+    def cached(self) -> int:
+        """Bytes of a cached channel."""
+        return jnp.dtype(self.cache_dtype).itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +67,7 @@ class Row:
     union8: float | None = None
     vllm_union8: float | None = None
     refused: str = ""
+    cache_dtype: str = "bfloat16"
 
 
 def select_jobs(
@@ -71,10 +79,12 @@ def select_jobs(
     max_cases: int | None = None,
     names: str = "",
     shrink: int = 1,
+    cache_dtypes: Sequence[str] = ("bfloat16",),
 ) -> list[Job]:
     """The jobs asked for, most calls first; `max_cases` counts the cases of each phase.
 
-    `shrink` divides all lengths, to try the harness where there is no GPU; such cases have no baseline.
+    `shrink` divides all lengths, to try the harness where there is no GPU; such cases have no baseline. Each case is
+    measured over caches of each of `cache_dtypes`, one after the other; selection, which reads none, once.
     """
     jobs = []
     for phase in phases:
@@ -88,14 +98,19 @@ def select_jobs(
         for case in ordered:
             urgency = case.weight / total or UNWEIGHTED_SHARE
             own_rhos = tuple(rhos) if phase == "prefill" else (0.0,)
-            jobs += [(urgency, Job(case, HEADS[tp], own_rhos, wanted)) for tp in tps if wanted]
+            jobs += [
+                (urgency, Job(case, HEADS[tp], own_rhos, own_ops, dtype))
+                for tp in tps
+                for dtype in cache_dtypes
+                if (own_ops := tuple(op for op in wanted if op != "select" or dtype == cache_dtypes[0]))
+            ]
     return [job for _, job in sorted(jobs, key=lambda pair: -pair[0])]
 
 
 def run_jobs(
     jobs: Sequence[Job],
     impl: str | None,
-    ceilings: floors.Ceilings,
+    ceilings: Ceilings,
     deadline: float,
     say: Callable[[str], None],
     rotate: bool = True,
@@ -108,7 +123,7 @@ def run_jobs(
     rows: list[Row] = []
     most_tokens = {job.heads: max(other.case.tokens for other in jobs if other.heads == job.heads) for job in jobs}
     queries = {heads: Queries(heads, tokens) for heads, tokens in most_tokens.items()}
-    pools: dict[tuple[int, int], Pool] = {}
+    pools: dict[tuple[int, int, str], Pool] = {}
     done, slowest = 0, 0.0
     for wave in _waves(jobs):
         if time.monotonic() + slowest > deadline:
@@ -121,7 +136,7 @@ def run_jobs(
             if time.monotonic() > deadline:
                 return rows, list(jobs[done:])
             pool = None  # a pool that makes room must not be held here
-            pool = _pool(pools, plan.pages, plan.job.heads)
+            pool = _pool(pools, plan.pages, plan.job)
             for rho in plan.job.rhos:
                 try:
                     rows += _time_plan(plan, pool, queries[plan.job.heads], rho, ceilings)
@@ -138,7 +153,7 @@ class _Plan:
 
     def __init__(self, job: Job, rotate: bool):
         self.job = job
-        self.sets = case_data.sets_for(job.case, job.heads) if rotate else 1
+        self.sets = case_data.sets_for(job.case, job.heads, job.cached) if rotate else 1
         self.pages = case_data.pool_pages(job.case, self.sets)
         self.compiled: dict[str, Any] = {}
         self.refused: dict[str, str] = {}
@@ -157,7 +172,7 @@ class _Plan:
     def compile(self, op: str, impl: str | None) -> None:
         case, heads = self.job.case, self.job.heads
         known = baseline(case, heads, self.job.rhos[0]).get(op)
-        args, out = ops.shapes_of(op, case, heads, self.pages)
+        args, out = ops.shapes_of(op, case, heads, self.pages, self.job.cache_dtype)
         calls, rounds = timing.calls_and_rounds((known or 1000) * 1e-6, self.sets)
         self.calls[op], self.rounds[op] = calls, rounds
         try:
@@ -181,7 +196,7 @@ def _compile_all(plans: Sequence[_Plan], impl: str | None) -> None:
             task.result()
 
 
-def _time_plan(plan: _Plan, pool: Pool, queries: Queries, rho: float, ceilings: floors.Ceilings) -> list[Row]:
+def _time_plan(plan: _Plan, pool: Pool, queries: Queries, rho: float, ceilings: Ceilings) -> list[Row]:
     job = plan.job
     inputs = case_data.make_inputs(job.case, pool, queries, rho, plan.sets)
     scores: list[Any] = [None] * len(inputs)
@@ -236,7 +251,7 @@ def _row(
     plan: _Plan,
     op: str,
     rho: float,
-    ceilings: floors.Ceilings,
+    ceilings: Ceilings,
     timed: timing.Timing | None = None,
     union: float | None = None,
     refused: str = "",
@@ -244,7 +259,7 @@ def _row(
     job = plan.job
     case, heads = job.case, job.heads
     known = baseline(case, heads, rho)
-    floor = floors.floor_seconds(op, case, heads, ceilings) * 1e6
+    floor = floors.floor_seconds(op, case, heads, ceilings, job.cached) * 1e6
     row = Row(
         phase=case.phase,
         op=op,
@@ -262,6 +277,7 @@ def _row(
         floor_us=floor,
         union8=union,
         refused=refused,
+        cache_dtype=job.cache_dtype,
     )
     if timed is None:
         return row
@@ -279,14 +295,14 @@ def _row(
     )
 
 
-def _pool(pools: dict[tuple[int, int], Pool], pages: int, heads: Heads) -> Pool:
+def _pool(pools: dict[tuple[int, int, str], Pool], pages: int, job: Job) -> Pool:
     """A pool of that size, kept while there is room."""
-    key = (pages, heads.tp)
+    key = (pages, job.heads.tp, job.cache_dtype)
     if key not in pools:
-        kept = sum(case_data.pool_bytes(size, HEADS[tp]) for size, tp in pools)
-        if kept + case_data.pool_bytes(pages, heads) > POOL_BYTES:
+        kept = sum(sum(cache.nbytes for cache in vars(pool).values()) for pool in pools.values())
+        if kept + case_data.pool_bytes(pages, job.heads, job.cached) > POOL_BYTES:
             pools.clear()
-        pools[key] = case_data.make_pool(pages, heads)
+        pools[key] = case_data.make_pool(pages, job.heads, dtype=job.cache_dtype)
     return pools[key]
 
 
@@ -302,10 +318,11 @@ def _line(rows: Sequence[Row], job: Job, rho: float) -> str:
         and row.tp == job.heads.tp
         and row.phase == job.case.phase
         and row.rho in (rho, None)
+        and row.cache_dtype == job.cache_dtype
     ]
-    label = f"{job.case.phase} {job.case.short_name} tp{job.heads.tp}" + (
-        f" rho {rho}" if job.case.phase == "prefill" else ""
-    )
+    label = f"{job.case.phase} {job.case.short_name} tp{job.heads.tp}"
+    label += f" rho {rho}" if job.case.phase == "prefill" else ""
+    label += "" if job.cache_dtype == "bfloat16" else f" {job.cache_dtype}"
     return f"{label}: " + ", ".join(
         f"{row.op} {row.refused.split()[0].rstrip(':')}"
         if row.us is None

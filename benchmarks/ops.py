@@ -52,14 +52,14 @@ def arguments_of(op: str, inputs: Inputs, pool: Pool, scores: Any = None, select
     return inputs.q, pool.k_cache, pool.v_cache, inputs.idx_q, pool.index_cache, inputs.batch
 
 
-def shapes_of(op: str, case: Case, heads: Heads, pages: int) -> tuple[tuple, Any]:
+def shapes_of(op: str, case: Case, heads: Heads, pages: int, cache_dtype: str = "bfloat16") -> tuple[tuple, Any]:
     """(arguments, out or None) of one call as shapes, to compile before any data is there."""
     bf16, f32, i32 = jnp.bfloat16, jnp.float32, jnp.int32
     shape = jax.ShapeDtypeStruct
     tokens, blocks = case.tokens, max(case.blocks)
     batch = mk.Batch(shape((case.batch, blocks), i32), shape((case.batch + 1,), i32), shape((case.batch,), i32))
-    caches = (shape((pages, heads.kv, BLOCK, HEAD_DIM), bf16),) * 2
-    pool = Pool(*caches, shape((pages, BLOCK, HEAD_DIM), bf16))
+    caches = (shape((pages, heads.kv, BLOCK, HEAD_DIM), cache_dtype),) * 2
+    pool = Pool(*caches, shape((pages, BLOCK, HEAD_DIM), cache_dtype))
     q = shape((tokens, heads.q, HEAD_DIM), bf16)
     inputs = Inputs(q, shape((tokens, heads.index, HEAD_DIM), bf16), batch)
     scores = shape((heads.index, tokens, blocks), f32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from benchmarks.measure import Row
 
@@ -72,10 +73,16 @@ def _targets() -> list[Target]:
 
 
 TARGETS = _targets()
+FP8_GROUP = ", fp8"
 
 
 def groups_of(row: Row) -> list[str]:
-    """The groups that a row counts in."""
+    """The groups that a row counts in; those of 8-bit caches are their own."""
+    groups = _groups(row)
+    return groups if row.cache_dtype == "bfloat16" else [f"{group}{FP8_GROUP}" for group in groups]
+
+
+def _groups(row: Row) -> list[str]:
     if row.phase == "prefill":
         return [f"prefill tp{row.tp} rho {row.rho}"]
     groups = [f"decode tp{row.tp}"]
@@ -131,6 +138,41 @@ def _mean(group: str, op: str, rows: Sequence[Row]) -> Mean:
     )
 
 
+def speedups(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """For each group and op: 8-bit caches against bf16 ones, over the cases that were measured with both."""
+    times: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        if row.us is not None:
+            key = (row.phase, row.op, row.case, row.tp, row.rho)
+            times.setdefault(key, {})[row.cache_dtype] = row
+    both = [row for found in times.values() if len(found) == 2 for row in found.values()]
+    by_key = {(mean.group, mean.op): mean for mean in means(both)}
+    return [
+        {
+            "group": group,
+            "op": op,
+            "cases": wide.cases,
+            "bf16_us": wide.us,
+            "fp8_us": narrow.us,
+            "speedup": wide.us / narrow.us,
+            "fp8_floor_share": narrow.floor_share,
+        }
+        for (group, op), wide in by_key.items()
+        if (narrow := by_key.get((group + FP8_GROUP, op))) is not None
+    ]
+
+
+def speedup_table(found: Sequence[dict[str, Any]]) -> str:
+    """`speedups` as text."""
+    lines = [f"{'fp8 caches over bf16':<26}{'op':<10}{'n':>3}{'bf16 us':>9}{'fp8 us':>9}{'speed':>7}{'of floor':>9}"]
+    lines += [
+        f"{mean['group']:<26}{mean['op']:<10}{mean['cases']:>3}{mean['bf16_us']:>9.1f}{mean['fp8_us']:>9.1f}"
+        f"{mean['speedup']:>7.2f}{mean['fp8_floor_share']:>9.1%}"
+        for mean in found
+    ]
+    return "\n".join(lines)
+
+
 def check_targets(found: Sequence[Mean]) -> list[tuple[Target, float, str]]:
     """(target, measured, "aim" | "met" | "MISSED") of every target that has a measurement."""
     by_key = {(mean.group, mean.op): mean for mean in found}
@@ -160,10 +202,10 @@ def _verdict(target: Target, value: float) -> str:
 def table(found: Sequence[Mean], checks: Sequence[tuple[Target, float, str]]) -> str:
     """Both as text, short enough for the end of a log."""
     lines = [
-        f"{'group':<26}{'op':<10}{'n':>3}{'us':>9}{'vLLM':>9}{'ratio':>7}{'geo':>6}{'floor':>8}{'share':>7}{'TF/s':>6}"
+        f"{'group':<31}{'op':<10}{'n':>3}{'us':>9}{'vLLM':>9}{'ratio':>7}{'geo':>6}{'floor':>8}{'share':>7}{'TF/s':>6}"
     ]
     lines += [
-        f"{mean.group:<26}{mean.op:<10}{mean.cases:>3}{mean.us:>9.1f}{_number(mean.vllm_us, '9.1f')}"
+        f"{mean.group:<31}{mean.op:<10}{mean.cases:>3}{mean.us:>9.1f}{_number(mean.vllm_us, '9.1f')}"
         f"{_number(mean.ratio, '7.2f')}{_number(mean.geomean, '6.2f')}{mean.floor_us:>8.1f}"
         f"{mean.floor_share:>7.1%}{_number(mean.tflops, '6.0f')}"
         for mean in found

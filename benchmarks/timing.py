@@ -21,8 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.floors import Ceilings
-
 RUN_SECONDS = 0.02
 REPEATS = 5
 MOST_CALLS = 16
@@ -101,7 +99,8 @@ def compile_calls(
 
         if rounds == 1:
             return once(0, None)
-        empty = [jnp.zeros(x.shape, x.dtype) for x in (jax.eval_shape(function, *own) for own in sets)]
+        shapes = [jax.eval_shape(function, *own) for own in sets]
+        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.fori_loop(0, rounds, once, empty)
 
     if out is None:
@@ -163,27 +162,3 @@ def time_compiled(
     dispatching = statistics.median(run(BURST)[1] for _ in range(repeats)) / BURST
     host_bound = dispatching * 1e6 > 0.9 * median * calls * rounds
     return Timing(median, (max(walls) - min(walls)) / median, calls, host_bound)
-
-
-def measure_ceilings(copy_bytes: int = 4 << 30, matmul_size: int = 8192) -> Ceilings:
-    """Copy bandwidth (bytes read and written) and bf16 matmul rate of this device, on random data."""
-    key = jax.random.key(1, impl="rbg")
-    words = jax.random.bits(key, (copy_bytes // 8, 2), jnp.uint32)
-    copies = [jax.jit(lambda x: jnp.copy(x)), jax.jit(lambda x: x ^ 1)]  # whichever is faster
-    copy = min(_plain_time(function, words) for function in copies)
-    del words
-    a, b = (jax.random.normal(k, (matmul_size, matmul_size), jnp.bfloat16) for k in jax.random.split(key))
-    matmul = _plain_time(jax.jit(jnp.matmul), a, b)
-    return Ceilings(2 * (copy_bytes // 8 * 8) / copy, 2 * matmul_size**3 / matmul)
-
-
-def _plain_time(function: Callable[..., Any], *args: jax.Array, calls: int = 20) -> float:
-    jax.block_until_ready(function(*args))
-    seconds = []
-    for _ in range(REPEATS):
-        begin = time.perf_counter()
-        for _ in range(calls):
-            result = function(*args)
-        result.block_until_ready()
-        seconds.append((time.perf_counter() - begin) / calls)
-    return statistics.median(seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -14,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from minimax_jax.cache import PastKeyValues
+from minimax_jax.cache import cache_dtype as dtype_of_caches
 from minimax_jax.checkpoint import load_state, save_state
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.engine.execution import check_execution
@@ -30,7 +32,9 @@ from minimax_jax.module_interface import ModuleInterface, dtype_name, find_devic
 from minimax_jax.outputs import CausalLMOutput
 from minimax_jax.parallel import ParallelConfig, Ranks
 from minimax_jax.paths import model_directory
+from minimax_jax.tensor_table import MXFP8_BLOCK
 from minimax_jax.tokenizer import Tokenizer
+from minimax_kernels import Mxfp8
 
 _DEFAULT_NEW_TOKENS = 256
 _AUX_LOSS_COEF = 0.001  # transformers' default, where a config says nothing
@@ -59,7 +63,7 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
     def __init__(
         self,
         config: MiniMaxM3Config,
-        state: dict[str, jax.Array],
+        state: Mapping[str, jax.Array | Mxfp8],
         *,
         generation_config: GenerationConfig | None = None,
         directory: Path | None = None,
@@ -68,7 +72,8 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
         """Takes a model apart that is already in memory; see `from_pretrained` and `from_config`.
 
         Args:
-          state: weights by dotted name, as `minimax_jax.checkpoint.load_state` gives them.
+          state: weights by dotted name, as `minimax_jax.checkpoint.load_state` gives them; linears and routed experts
+            may be `Mxfp8`.
           directory: where tokenizer files lie, if anywhere.
           ranks: what the model is spread over; the weights are then global arrays (`Ranks.put`, `load_state`).
 
@@ -76,19 +81,20 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
           ValueError: if a weight is missing, unknown or of the wrong shape.
         """
         self.config = config
-        dtype = state["embed_tokens"].dtype
+        embedding: Any = state["embed_tokens"]
+        dtype = embedding.dtype
         graphdef, expected = split_model(abstract_model(config, dtype))
         wrong = sorted(set(expected) ^ set(state))
         shapes = {name: struct.shape for name, struct in expected.items()}
         if ranks is not None:
             graphdef, _ = split_model(abstract_model(ranks.layout.local_config, dtype))
             shapes = {name: ranks.global_shape(name, shape) for name, shape in shapes.items()}
-        wrong += [name for name in expected if name in state and state[name].shape != shapes[name]]
+        wrong += [name for name in expected if name in state and not _fits(state[name], shapes[name])]
         if wrong:
             raise ValueError(f"state does not fit the config at {', '.join(wrong[:5])} ({len(wrong)} in all)")
         self.generation_config = generation_config or GenerationConfig(eos_token_id=config.eos_token_ids)
         self._names = tuple(expected)
-        self._leaves = [state[name] for name in self._names]
+        self._leaves: list[Any] = [state[name] for name in self._names]
         self._graphdef = graphdef
         self._directory = directory
         self.ranks = ranks
@@ -105,24 +111,26 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
         device: Any = None,
         device_map: Any = None,
         parallel: ParallelConfig | None = None,
+        quantization: str = "auto",
         progress: bool = True,
     ) -> Self:
         """Loads a checkpoint directory in the Hugging Face format; "tiny" is the embedded one.
 
         Args:
-          directory: with config.json and safetensors, in the vendor's or transformers' names, BF16 or MXFP8
-            (dequantised while loading).
+          directory: with config.json and safetensors, in the vendor's or transformers' names, BF16 or MXFP8.
           dtype: "bfloat16" or "float32" (by name, or NumPy's, JAX's or torch's type), or "auto": bfloat16 on an
             accelerator, float32 on a CPU.
           device: a jax device or sharding, or a name such as "cuda:1"; the default device if None.
           device_map: transformers' name for the same; "auto" is the default device.
           parallel: sizes to spread the model over JAX's devices with; each process reads only what its devices need.
+          quantization: "auto" keeps weights in 8 bits where the checkpoint is MXFP8; "none" multiplies them out while
+            loading, which takes twice the memory in bfloat16.
           progress: whether loads of more than two seconds show a bar on stderr.
 
         Raises:
           FileNotFoundError: no such directory or config.json.
           ConfigError, CheckpointError: what the files hold cannot be loaded; nothing was.
-          ValueError: for another dtype, a device that is not there, or two places for the weights.
+          ValueError: for another dtype or quantization, a device that is not there, or two places for the weights.
           ParallelError: if the model cannot be spread so.
         """
         places = {"device": device, "device_map": device_map, "parallel": parallel}
@@ -136,7 +144,9 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
         generation_config.check_vocabulary(config.vocab_size)
         ranks = None if parallel is None else Ranks(config, parallel)
         wanted = _resolve_dtype(dtype, device)
-        state = load_state(path, config, wanted, device=device, progress=progress, ranks=ranks)
+        state = load_state(
+            path, config, wanted, device=device, progress=progress, ranks=ranks, quantization=quantization
+        )
         return cls(config, state, generation_config=generation_config, directory=path, ranks=ranks)
 
     @classmethod
@@ -158,8 +168,8 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
     def save_pretrained(self, directory: str | Path, *, style: str = "transformers") -> None:
         """Writes config, weights, generation config and tokenizer files.
 
-        The text model as it is in memory: vision tensors of a checkpoint it came from are not part of it, and
-        MXFP8 weights were dequantised.
+        The text model as it is in memory: vision tensors of a checkpoint it came from are not part of it. Weights in
+        8 bits stay so in the vendor's style; transformers', which has none, gets them multiplied out.
 
         Args:
           style: "transformers" (what `MiniMaxM3VLForCausalLM.from_pretrained` loads) or "vendor".
@@ -184,8 +194,8 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
         return self._steps
 
     @property
-    def leaves(self) -> list[jax.Array]:
-        """The weights, in the order in which `steps` takes them."""
+    def leaves(self) -> list[Any]:
+        """The weights, arrays or `Mxfp8`, in the order in which `steps` takes them."""
         return self._leaves
 
     @functools.cached_property
@@ -282,15 +292,19 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
         """A call by torch's name."""
         return self(*args, **kwargs)
 
-    def empty_past_key_values(self, batch_size: int, *, max_cache_len: int = 0) -> PastKeyValues:
+    def empty_past_key_values(
+        self, batch_size: int, *, max_cache_len: int = 0, cache_dtype: str = "auto"
+    ) -> PastKeyValues:
         """A context without tokens, for `past_key_values`.
 
         Args:
           batch_size: rows.
           max_cache_len: tokens a row to make room for at once; a context that grows instead compiles for each size.
+          cache_dtype: as `generate` takes it.
         """
         place = self._leaves[0].sharding if self.ranks is None else self.ranks.cache_placement
-        return PastKeyValues(self.config, batch_size, self._dtype, place, max_cache_len=max_cache_len)
+        dtype = dtype_of_caches(cache_dtype, self._dtype)
+        return PastKeyValues(self.config, batch_size, dtype, place, max_cache_len=max_cache_len)
 
     def _losses(
         self, logits: jax.Array, labels: Any, routers: tuple[jax.Array, ...], kept: np.ndarray
@@ -309,7 +323,7 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
             raise ValueError(f"past_key_values is {type(past).__name__}: must come from an earlier call of this model")
         if use_cache is False:
             raise ValueError("use_cache = False: must be True or None with past_key_values, which the call extends")
-        if past.config != self.config or past.dtype != self._dtype:
+        if past.config != self.config:
             raise ValueError("past_key_values is of another model: must come from an earlier call of this one")
 
     def _check_turn(self, past: PastKeyValues, kept: np.ndarray) -> None:
@@ -337,6 +351,7 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
         eos_token_id: int | list[int] | None = None,
         streamer: Streamer | None = None,
         execution: str = "auto",
+        cache_dtype: str = "auto",
         generation_config: Any = None,
         **options: Any,
     ) -> Any:
@@ -354,6 +369,7 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
           execution: "segmented" runs prompts as compiled segments around host-side attention, "whole" as one
             executable, "eager" everything as segments at their exact sizes, for comparison; "auto" takes the
             fastest. Tokens are the same up to rounding.
+          cache_dtype: "auto" for the weights' type, "bfloat16", "float32", or "fp8" for e4m3.
           generation_config: a GenerationConfig of ours or of transformers, or a mapping.
           options: `max_length` (prompts included), `pad_token_id`, and other options of transformers at the values
             at which they do nothing, such as num_beams = 1; docs/torch.md lists them.
@@ -386,7 +402,7 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
             config,
             max_new_tokens=budget,
             seed=seed,
-            cache_dtype=self._dtype,
+            cache_dtype=dtype_of_caches(cache_dtype, self._dtype),
             execution=check_execution(execution),
         )
         columns, ended = [], np.zeros(len(prompts.tokens), bool)
@@ -443,6 +459,12 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
                 f"(max_position_embeddings = {limit})"
             )
         return max_new_tokens
+
+
+def _fits(weight: jax.Array | Mxfp8, shape: tuple[int, ...]) -> bool:
+    if isinstance(weight, Mxfp8) and weight.scales.shape != (*shape[:-2], shape[-2] // MXFP8_BLOCK, *shape[-1:]):
+        return False
+    return weight.shape == shape
 
 
 def _resolve_dtype(dtype: Any, device: Any) -> str:

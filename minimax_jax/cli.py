@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-from minimax_jax.cli_arguments import EXIT_CODES, Paragraphs, integer, number
+from minimax_jax.cli_arguments import EXIT_CODES, Paragraphs, add_cache_dtype, add_quantization, integer, number
 from minimax_jax.cli_bench import add_bench
 from minimax_jax.cli_errors import outcome
 from minimax_jax.cli_parallel import add_parallel
+from minimax_jax.cli_quantize import add_quantize
 
 OK, PROBLEMS = 0, 1
 
@@ -40,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands; it raises `ValueError` for bad usage."""
     parser = _Parser(
         prog="minimax-jax",
-        description="MiniMax-M3 in JAX: generate text, measure, look into checkpoints.",
+        description="MiniMax-M3 in JAX: generate text, measure, look into and make checkpoints.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -50,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     add_bench(commands)
     _add_inspect(commands)
+    add_quantize(commands)
     return parser
 
 
@@ -136,8 +138,10 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         "--dtype",
         choices=("auto", "bfloat16", "float32"),
         default="auto",
-        help="of weights and caches; auto: bfloat16 on an accelerator, float32 on a CPU (default: auto)",
+        help="of weights; auto: bfloat16 on an accelerator, float32 on a CPU (default: auto)",
     )
+    add_cache_dtype(parser)
+    add_quantization(parser)
     add(
         "--execution",
         choices=("auto", "segmented", "whole", "eager"),

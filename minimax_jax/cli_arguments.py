@@ -9,7 +9,7 @@ from collections.abc import Callable
 EXIT_CODES = """\
 exit codes:
   0    done
-  1    inspect: the checkpoint has problems
+  1    inspect: the checkpoint has problems; bench rank-slice: a case failed
   2    bad usage or bad input; one line on standard error says what
   3    with several processes: one of them was lost, and all have ended
   130  interrupted with Ctrl-C"""
@@ -23,6 +23,16 @@ class Paragraphs(argparse.RawDescriptionHelpFormatter):
             return super()._fill_text(text, width, indent)
         fill = super(argparse.RawDescriptionHelpFormatter, self)._fill_text
         return "\n\n".join(fill(paragraph, width, indent) for paragraph in text.split("\n\n"))
+
+
+def add_cache_dtype(parser: argparse.ArgumentParser) -> None:
+    """The option `--cache-dtype`, the names of `minimax_jax.cache.CACHE_DTYPES`."""
+    parser.add_argument(
+        "--cache-dtype",
+        choices=("auto", "bfloat16", "float32", "fp8"),
+        default="auto",
+        help="of keys and values; fp8: e4m3, half of bfloat16's bytes; auto: the weights' (default: auto)",
+    )
 
 
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -54,6 +64,17 @@ def number(allowed: str, holds: Callable[[float], bool]) -> Callable[[str], floa
         return value
 
     return parse
+
+
+def add_quantization(parser: argparse.ArgumentParser) -> None:
+    """The option `--quantization` of commands that load a checkpoint."""
+    parser.add_argument(
+        "--quantization",
+        choices=("auto", "none"),
+        default="auto",
+        help="auto: weights of an MXFP8 checkpoint stay in 8 bits; none: they are multiplied out while loading "
+        "(default: auto)",
+    )
 
 
 def integers(least: int) -> Callable[[str], tuple[int, ...]]:

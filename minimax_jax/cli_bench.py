@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from minimax_jax.cli_arguments import EXIT_CODES, Paragraphs, integer, integers
+from minimax_jax.cli_arguments import EXIT_CODES, Paragraphs, add_cache_dtype, add_quantization, integer, integers
 from minimax_jax.cli_parallel import add_parallel
+from minimax_jax.cli_rank_slice import add_rank_slice
 
 
 def add_bench(commands: argparse._SubParsersAction) -> None:
@@ -39,11 +40,15 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     add("--repeats", type=integer(1), default=3, metavar="N", help="timed runs; the median counts (default: 3)")
     add("--max-batch-size", type=integer(1), default=64, metavar="N", help="sequences at once (default: 64)")
     add("--max-num-tokens", type=integer(1), default=8192, metavar="N", help="tokens of a step (default: 8192)")
-    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="weights and caches (default: auto)")
+    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of weights (default: auto)")
+    add_cache_dtype(parser)
+    add_quantization(parser)
     add("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help="of the random prompts (default: 0)")
     add("--out", type=Path, default=Path("bench"), metavar="DIR", help="folder for the results (default: bench)")
     add_parallel(parser)
     parser.set_defaults(run=_bench)
+    benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", title="other benchmarks")
+    add_rank_slice(benchmarks)
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -264,7 +264,9 @@ def _load(args: argparse.Namespace, parallel: ParallelConfig, processes: Process
     from minimax_jax import MiniMaxM3ForCausalLM
 
     _require_device()
-    options: dict[str, Any] = {} if parallel.num_devices == 1 else {"parallel": parallel}
+    options: dict[str, Any] = {"quantization": args.quantization}
+    if parallel.num_devices > 1:
+        options["parallel"] = parallel
     if not processes.is_first:
         options["progress"] = False
     with _memory_errors():
@@ -291,7 +293,7 @@ def _generate(model: MiniMaxM3ForCausalLM, ids: list[int], args: argparse.Namesp
         options |= {"do_sample": True, "temperature": args.temperature}
     if args.ignore_eos:
         options["eos_token_id"] = _NO_EOS
-    options["execution"] = args.execution
+    options |= {"execution": args.execution, "cache_dtype": args.cache_dtype}
     with _memory_errors():
         model.generate(
             np.array([ids], np.int32), max_new_tokens=args.max_new_tokens, seed=args.seed, streamer=run, **options

@@ -16,6 +16,7 @@ from typing import Any, Self, TypeAlias
 
 import numpy as np
 
+from minimax_jax.cache import cache_dtype
 from minimax_jax.causal_lm import MiniMaxM3ForCausalLM
 from minimax_jax.engine.build import Limits, build_core
 from minimax_jax.engine.engine_config import CacheConfig, DecodeConfig, SegmentConfig, config_from
@@ -50,6 +51,7 @@ class LLM:
         model: str | Path | MiniMaxM3ForCausalLM = "tiny",
         *,
         dtype: Any = "auto",
+        quantization: str = "auto",
         tensor_parallel_size: int = 1,
         moe_expert_parallel_size: int | None = None,
         enable_attention_dp: bool = False,
@@ -68,7 +70,7 @@ class LLM:
 
         Args:
           model: a checkpoint directory, "tiny" for the embedded one, or a model that is loaded already.
-          dtype: as `MiniMaxM3ForCausalLM.from_pretrained` takes it.
+          dtype, quantization: as `MiniMaxM3ForCausalLM.from_pretrained` takes them.
           tensor_parallel_size: devices that share heads; with `enable_attention_dp`, data ranks instead.
           moe_expert_parallel_size: devices that routed experts are dealt to; None for 1, with attention data
             parallelism for all.
@@ -113,7 +115,9 @@ class LLM:
                 raise ValueError("tensor_parallel_size: must be 1 for a loaded model, which has its own layout")
             self.model = model
         else:
-            self.model = MiniMaxM3ForCausalLM.from_pretrained(model, dtype, parallel=spread, progress=progress)
+            self.model = MiniMaxM3ForCausalLM.from_pretrained(
+                model, dtype, parallel=spread, quantization=quantization, progress=progress
+            )
         config = self.model.config
         longest = config.max_position_embeddings
         if max_seq_len is not None and not 2 <= max_seq_len <= longest:
@@ -129,7 +133,7 @@ class LLM:
             cache,
             segment,
             decode,
-            dtype=self.model.dtype.name if cache.dtype == "auto" else cache.dtype,
+            dtype=cache_dtype(cache.dtype, self.model.dtype).name,
             end_ids=end_ids,
             warm_up=bool(warm_up) if warm_up != "all" else warm_up,
             progress=progress,

@@ -12,6 +12,8 @@ import numpy as np
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.parallel import Ranks
 from minimax_jax.state_dict import BUFFERS, IncompatibleKeys, named_tensors, state_from
+from minimax_jax.tensor_table import SCALE_SUFFIX
+from minimax_kernels import Mxfp8
 
 
 class ModuleInterface:
@@ -25,10 +27,13 @@ class ModuleInterface:
     ranks: Ranks | None
     training = False
     _names: tuple[str, ...]
-    _leaves: list[jax.Array]
+    _leaves: list[Any]
 
     def state(self) -> dict[str, Any]:
-        """Weights by dotted name, matrices [in, out]; of a parallel model copies on the host, as NumPy arrays."""
+        """Weights by dotted name, matrices [in, out]; of a parallel model copies on the host, as NumPy arrays.
+
+        Weights in 8 bits are `Mxfp8`.
+        """
         if (ranks := self.ranks) is not None:
             return {name: ranks.whole(name, leaf) for name, leaf in zip(self._names, self._leaves, strict=True)}
         return dict(zip(self._names, self._leaves, strict=True))
@@ -54,6 +59,9 @@ class ModuleInterface:
     def state_dict(self, *, style: str = "transformers") -> dict[str, Any]:
         """All weights and buffers, linears [out, in]; matrices are copies.
 
+        Weights in 8 bits come as the vendor's files have them: float8_e4m3fn values under the weight's name, and uint8
+        scales [out, in / 32] under the same with "_scale_inv" behind it.
+
         Args:
           style: "transformers" or "vendor", as files name them.
 
@@ -64,6 +72,9 @@ class ModuleInterface:
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
         """Replaces weights by copies of torch, NumPy or JAX tensors, named in either style.
+
+        Each weight stays in the form it has: floats given for one in 8 bits are quantised, values with scales given for
+        one in floats are multiplied out.
 
         Args:
           strict: whether a name too few or too many is an error; else weights without a tensor stay.
@@ -77,13 +88,13 @@ class ModuleInterface:
         """
         values, keys = state_from(state_dict, self.state(), self.config, strict=strict)
 
-        def replaced(name: str, leaf: jax.Array) -> jax.Array:
+        def replaced(name: str, leaf: Any) -> Any:
             if name not in values:
                 return leaf
-            host = values[name].astype(leaf.dtype)
+            host = jax.tree.map(lambda new, old: new.astype(old.dtype), values[name], leaf)
             if self.ranks is not None:
                 return self.ranks.put(name, host)
-            return jax.device_put(host, leaf.sharding, may_alias=False)
+            return jax.device_put(host, jax.tree.map(lambda old: old.sharding, leaf), may_alias=False)
 
         self._leaves[:] = [replaced(name, leaf) for name, leaf in zip(self._names, self._leaves, strict=True)]
         return keys
@@ -91,7 +102,9 @@ class ModuleInterface:
     def named_parameters(self, *, style: str = "transformers") -> Iterator[tuple[str, Any]]:
         """(name, tensor) of each weight; matrices are copies that are made when their turn comes."""
         for name, array in named_tensors(self.state(), self.config, style):
-            if not name.endswith(BUFFERS) and not (self.config.tie_word_embeddings and name.endswith("lm_head.weight")):
+            if not name.endswith((*BUFFERS, SCALE_SUFFIX)) and not (
+                self.config.tie_word_embeddings and name.endswith("lm_head.weight")
+            ):
                 yield name, self._given_out(array)
 
     def parameters(self) -> Iterator[Any]:
@@ -99,9 +112,9 @@ class ModuleInterface:
         return (tensor for _, tensor in self.named_parameters())
 
     def named_buffers(self, *, style: str = "transformers") -> Iterator[tuple[str, Any]]:
-        """(name, tensor) of what training does not learn: the routers' correction biases."""
+        """(name, tensor) of what training does not learn: the routers' correction biases, and scales of MXFP8."""
         for name, array in named_tensors(self.state(), self.config, style):
-            if name.endswith(BUFFERS):
+            if name.endswith((*BUFFERS, SCALE_SUFFIX)):
                 yield name, self._given_out(array)
 
     def buffers(self) -> Iterator[Any]:
@@ -110,7 +123,7 @@ class ModuleInterface:
 
     def get_memory_footprint(self) -> int:
         """Bytes of weights and buffers, of all devices together."""
-        return sum(leaf.nbytes for leaf in self._leaves)
+        return sum(array.nbytes for array in jax.tree.leaves(self._leaves))
 
     def can_generate(self) -> bool:
         """True."""
@@ -135,7 +148,7 @@ class ModuleInterface:
         return self.train(requires_grad)
 
     def to(self, *targets: Any, dtype: Any = None, device: Any = None) -> Self:
-        """Casts or moves the weights, in place as torch's modules do; the routers stay float32.
+        """Casts or moves the weights, in place as torch's modules do; the routers stay float32, 8 bits stay 8 bits.
 
         Args:
           targets: a dtype, a device, or one of each, in any order.
@@ -158,8 +171,9 @@ class ModuleInterface:
         place = None if device is None else find_device(device)
         wanted = None if dtype is None else dtype_name(dtype)
 
-        def moved(name: str, leaf: jax.Array) -> jax.Array:
-            leaf = leaf if wanted is None or ".mlp.gate." in name else leaf.astype(wanted)
+        def moved(name: str, leaf: Any) -> Any:
+            stays = wanted is None or ".mlp.gate." in name or isinstance(leaf, Mxfp8)
+            leaf = leaf if stays else leaf.astype(wanted)
             return leaf if place is None else jax.device_put(leaf, place)
 
         self._leaves[:] = [moved(name, leaf) for name, leaf in zip(self._names, self._leaves, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 _IMAGE_TOKEN_COMPRESSION = {
@@ -42,8 +43,14 @@ def m3_mxfp8_config_json() -> dict[str, Any]:
     text["num_mtp_modules"] = 1
     del text["num_nextn_predict_layers"]
     text["dtype"] = "bfloat16"
-    routers = [f"language_model.model.layers.{i}.block_sparse_moe.gate" for i in range(3, 60)]
-    config["quantization_config"] = {
+    config["quantization_config"] = mxfp8_quantization(range(3, 60))
+    return config
+
+
+def mxfp8_quantization(moe_layers: Iterable[int]) -> dict[str, Any]:
+    """The `quantization_config` of an MXFP8 checkpoint whose layers `moe_layers` have routers."""
+    routers = [f"language_model.model.layers.{i}.block_sparse_moe.gate" for i in moe_layers]
+    return {
         "quant_method": "mxfp8",
         "activation_scheme": "dynamic",
         "weight_block_size": [1, 32],
@@ -56,7 +63,6 @@ def m3_mxfp8_config_json() -> dict[str, Any]:
             *routers,
         ],
     }
-    return config
 
 
 def _text_config() -> dict[str, Any]:

@@ -77,11 +77,12 @@ def _run(args: argparse.Namespace, parallel: ParallelConfig, processes: Processe
     with LLM(
         args.model,
         dtype=args.dtype,
+        quantization=args.quantization,
         parallel=parallel,
         max_batch_size=args.max_batch_size,
         max_num_tokens=args.max_num_tokens,
         max_seq_len=longest + 1 if texts is None else None,
-        cache_config={"enable_reuse": False},  # repeats must compute everything again
+        cache_config={"enable_reuse": False, "dtype": args.cache_dtype},  # repeats must compute everything again
         progress=processes.is_first,
     ) as llm:
         say = _printer() if processes.is_first else _silent
@@ -194,6 +195,7 @@ def _report(
         "parallel": dataclasses.asdict(parallel),
         "processes": jax.process_count(),
         "dtype": llm.model.dtype.name,
+        "cache_dtype": args.cache_dtype,
         "jax": jax.__version__,
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),

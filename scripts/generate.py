@@ -21,6 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from minimax_jax import LLM, SamplingParams  # noqa: E402
 from minimax_jax.assistant import parse_answer  # noqa: E402
+from minimax_jax.cli_arguments import add_cache_dtype, add_quantization  # noqa: E402
 from minimax_jax.cli_parallel import add_parallel, joined  # noqa: E402
 from minimax_jax.engine.outputs import RequestOutput  # noqa: E402
 from minimax_jax.parallel import ParallelConfig  # noqa: E402
@@ -43,6 +44,8 @@ def arguments() -> argparse.Namespace:
     add("--stop", action="append", default=[], help="a string that ends an answer; may be repeated")
     add("--seed", type=int, help="of every request's draws (default: another one each)")
     add("--max-batch-size", type=int, default=64, help="sequences at once (default: 64)")
+    add_cache_dtype(parser)
+    add_quantization(parser)
     add("--json", action="store_true", help="one JSON object a line (default: text)")
     add_parallel(parser)
     return parser.parse_args()
@@ -95,7 +98,15 @@ def answer(
     prompts: list[str], args: argparse.Namespace, parallel: ParallelConfig, *, first: bool
 ) -> list[RequestOutput]:
     """All answers; `first` is whether this process shows progress."""
-    with LLM(args.model, max_batch_size=args.max_batch_size, parallel=parallel, progress=first) as llm:
+    cache = {"dtype": args.cache_dtype}
+    with LLM(
+        args.model,
+        quantization=args.quantization,
+        max_batch_size=args.max_batch_size,
+        cache_config=cache,
+        parallel=parallel,
+        progress=first,
+    ) as llm:
         params = sampling(llm, args)
         if args.chat:
             messages = [[{"role": "user", "content": prompt}] for prompt in prompts]

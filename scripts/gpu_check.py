@@ -4,6 +4,7 @@
   python scripts/gpu_check.py --out results          parity of every op, then the benchmark
   python scripts/gpu_check.py --only parity --ops index_score,msa
   python scripts/gpu_check.py --only bench --bench prefill --tp 8 --rho 0.99 --max-cases 6
+  python scripts/gpu_check.py --only bench --cache-dtype fp8    8-bit caches against bf16 ones, case by case
   python scripts/gpu_check.py --impl reference --shrink 64 --quick      a try without a GPU
 
 Parity: each op against the reference in float32 on upcast inputs. Benchmark: the MSA workload against vLLM's times
@@ -27,6 +28,7 @@ from benchmarks import measure  # noqa: E402
 from benchmarks.bench_run import run_bench  # noqa: E402
 from benchmarks.cases import DECODE_OPS, HEADS, PREFILL_OPS  # noqa: E402
 from benchmarks.parity.run import OPS, run_parity  # noqa: E402
+from minimax_kernels import FP8  # noqa: E402
 
 BENCH_OPS = tuple(dict.fromkeys((*PREFILL_OPS, *DECODE_OPS)))
 QUICK_CASES = 4
@@ -42,6 +44,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder for results (default: %(default)s)")
     parser.add_argument(
         "--limit-s", type=float, default=540, help="seconds for everything; what is left out is said (default: 540)"
+    )
+    parser.add_argument(
+        "--cache-dtype",
+        choices=("bfloat16", "fp8"),
+        help="parity: cases over these caches only (default: all); benchmark: fp8 measures every case over bfloat16 "
+        "and over e4m3 caches (default: bfloat16)",
     )
     parity = parser.add_argument_group("parity")
     parity.add_argument("--ops", type=_names(OPS), default=OPS, help=f"of {', '.join(OPS)} (default: all)")
@@ -87,6 +95,7 @@ def bench(args: argparse.Namespace, deadline: float) -> tuple[bool, str]:
         max_cases=min(filter(None, (args.max_cases, QUICK_CASES if args.quick else None)), default=None),
         names=args.case,
         shrink=args.shrink,
+        cache_dtypes=("bfloat16", FP8) if args.cache_dtype == "fp8" else ("bfloat16",),
     )
     say(f"benchmark of {args.impl}: {len(jobs)} cases")
     return run_bench(jobs, args.impl, args.out, deadline, say, rotate=not args.hot)
@@ -110,6 +119,7 @@ def main() -> int:
             quick=args.quick,
             small=small,
             workers=args.workers,
+            cache_dtype=FP8 if args.cache_dtype == "fp8" else args.cache_dtype,
         )
         tables.append(table)
     if args.only != "parity":

@@ -66,8 +66,8 @@ def fake(monkeypatch, tokenizer):
             self.generation_config = GenerationConfig(**made.defaults)
 
         @classmethod
-        def from_pretrained(cls, directory, dtype="auto", progress=True):
-            made.loaded = (directory, dtype)
+        def from_pretrained(cls, directory, dtype="auto", progress=True, quantization="auto"):
+            made.loaded = (directory, dtype, quantization)
             return cls()
 
         def generate(self, input_ids, *, streamer, **options):
@@ -91,7 +91,9 @@ def model(checkpoint) -> MiniMaxM3ForCausalLM:
 @pytest.fixture
 def loaded_once(model, monkeypatch):
     """Compiles once for several commands; loading has its own tests."""
-    monkeypatch.setattr(MiniMaxM3ForCausalLM, "from_pretrained", staticmethod(lambda directory, dtype: model))
+    monkeypatch.setattr(
+        MiniMaxM3ForCausalLM, "from_pretrained", staticmethod(lambda directory, dtype, quantization: model)
+    )
 
 
 def generate(checkpoint, *argv: str) -> int:
@@ -186,15 +188,16 @@ def test_chat_applies_the_template(capsys, checkpoint, tokenizer, fake):
         (["--top-p", "0.9"], {"do_sample": True, "top_p": 0.9}),
         (["--top-k", "0"], {"do_sample": True, "top_k": 0}),
         (["--execution", "segmented"], {"execution": "segmented"}),
+        (["--cache-dtype", "fp8"], {"cache_dtype": "fp8"}),
         (["--seed", "9", "--ignore-eos", "--max-new-tokens", "5"],
          {"seed": 9, "eos_token_id": -1, "max_new_tokens": 5}),
     ],
 )  # fmt: skip
 def test_options_reach_the_model(checkpoint, fake, argv, options):
-    assert generate(checkpoint, "--prompt", "a", *argv, "--dtype", "bfloat16") == 0
+    assert generate(checkpoint, "--prompt", "a", *argv, "--dtype", "bfloat16", "--quantization", "none") == 0
     given = {key: value for key, value in fake.called.items() if value is not None and key != "ids"}
-    assert given == {"seed": 0, "execution": "auto", **options}
-    assert fake.loaded == (str(checkpoint), "bfloat16")
+    assert given == {"seed": 0, "execution": "auto", "cache_dtype": "auto", **options}
+    assert fake.loaded == (str(checkpoint), "bfloat16", "none")
 
 
 # Where prompts come from
@@ -378,20 +381,22 @@ def test_version(capsys):
 
 
 def test_every_option_has_a_help_text_with_its_default():
-    subparsers = build_parser()._subparsers._group_actions[0].choices
-    assert set(subparsers) == {"generate", "bench", "inspect"}
-    for parser in subparsers.values():
+    commands = build_parser()._subparsers._group_actions[0].choices
+    assert set(commands) == {"generate", "bench", "inspect", "quantize"}
+    benchmarks = commands["bench"]._subparsers._group_actions[0].choices
+    assert set(benchmarks) == {"rank-slice"}
+    for parser in (*commands.values(), *benchmarks.values()):
         for action in parser._actions:
-            if action.dest not in ("help", "directory"):
+            if action.dest not in ("help", "directory", "out_directory", "benchmark"):
                 assert "(default: " in action.help, action.dest
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["generate", "--help"], ["bench", "--help"], ["inspect", "--help"]])
+@pytest.mark.parametrize("argv", [[], ["generate"], ["bench"], ["bench", "rank-slice"], ["inspect"], ["quantize"]])
 def test_help(capsys, argv):
-    assert main(argv) == 0
+    assert main([*argv, "--help"]) == 0
     text = capsys.readouterr().out
     assert "exit codes:" in text and "130" in text
-    if argv[0] == "generate":
+    if argv == ["generate"]:
         assert "document-" in text
 
 

@@ -16,9 +16,9 @@ import jax
 import numpy as np
 
 from benchmarks.engine.rank_llm import rank_llm
-from benchmarks.segments.trace import overlap, read_launches
 from minimax_jax import LLM, SamplingParams
 from minimax_jax.engine.sequence import Sequence
+from minimax_jax.rank_slice.trace import overlap, read_launches
 
 PROFILED_STEPS = 10
 

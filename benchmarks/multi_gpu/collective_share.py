@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.segments.trace import Launch, overlap
+from minimax_jax.rank_slice.trace import Launch, overlap
 
 # NCCL's kernels, and those that XLA has of its own for small sums and exchanges
 COLLECTIVE = re.compile(r"nccl|all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|collective|multimem", re.IGNORECASE)

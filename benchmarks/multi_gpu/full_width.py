@@ -18,9 +18,9 @@ from benchmarks.multi_gpu.collective_share import collective_share
 from benchmarks.multi_gpu.mesh_model import Case, MeshModel, WholeStep
 from benchmarks.multi_gpu.weights import ITEMSIZES, M3_LAYERS, MAKERS, layers_and_pages, model_config
 from benchmarks.segments.stopwatch import time_steps
-from benchmarks.segments.trace import profile
 from minimax_jax.engine.segmented_prefill import SegmentedPrefill
 from minimax_jax.parallel import ParallelConfig, Ranks
+from minimax_jax.rank_slice.trace import profile
 
 _THREADS = 4  # that compile
 _RESERVE = 10 << 30  # bytes of a device for steps: rows of experts, scores, what XLA keeps

@@ -6,6 +6,7 @@ import dataclasses
 
 from benchmarks import cases as workload
 from benchmarks.parity.samples import ParityCase, Shape
+from minimax_kernels import FP8
 
 BASE = (Shape(64, 4, 4), Shape(8, 1, 1))
 OTHER_HEADS = (
@@ -24,11 +25,14 @@ CHANGES: tuple[dict, ...] = (
     {"topk": 32},
     {"head_dim": 64, "block": 64, "dtype": "float16", "topk": 8},
     {"init": 1, "local": 2},
+    {"cache_dtype": FP8},
+    {"cache_dtype": FP8, "head_dim": 64, "block": 64, "dtype": "float16"},
 )
 SMALL_BASE = (
     Shape(8, 2, 2, head_dim=32, block=16, topk=4),
     Shape(4, 1, 1, head_dim=16, block=16, topk=3, init=1, local=2),
     Shape(8, 2, 1, head_dim=16, block=16, topk=2, dtype="float16"),
+    Shape(8, 2, 2, head_dim=32, block=16, topk=4, cache_dtype=FP8),
 )
 
 

@@ -33,6 +33,7 @@ def run_parity(
     quick: bool = False,
     small: bool = False,
     workers: int | None = None,
+    cache_dtype: str | None = None,
 ) -> tuple[bool, str]:
     """Checks, writes `parity.json` to `out`, and returns (no check failed, the table to print last).
 
@@ -45,14 +46,17 @@ def run_parity(
       quick: fewer shapes, no caches beyond 2 GiB.
       small: small shapes, for the CPU.
       workers: cases at a time; None for as many as there are cores, up to WORKERS.
+      cache_dtype: only cases over caches of this type, and nothing else; None for everything.
     """
     todo = cases(quick, small)
+    if cache_dtype is not None:
+        todo = [case for case in todo if (case.shape.cache_dtype or case.shape.dtype) == cache_dtype]
     say(f"parity of {impl}: {len(todo)} cases x {len(ops)} operations")
     results, left = _check_cases(todo, impl, ops, deadline, say, workers)
-    if "select_blocks" in ops:
+    if "select_blocks" in ops and cache_dtype is None:
         results += wide_selection.check(impl, small or quick)
         say("selection of up to 16384 blocks: done")
-    if not small and not quick:
+    if not small and not quick and cache_dtype is None:
         if time.monotonic() < deadline:
             results += big_caches.check(impl, ops, say)
         else:

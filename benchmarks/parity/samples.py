@@ -13,7 +13,7 @@ from minimax_kernels import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Static sizes of a case; `dtype` is that of queries and caches."""
+    """Static sizes of a case; `dtype` is that of queries, and of caches unless they have their own."""
 
     q_heads: int
     kv_heads: int
@@ -24,9 +24,11 @@ class Shape:
     dtype: str = "bfloat16"
     init: int = 0
     local: int = 1
+    cache_dtype: str | None = None
 
     def __str__(self) -> str:
-        extra = "" if (self.init, self.local) == (0, 1) else f" init{self.init} local{self.local}"
+        extra = "" if self.cache_dtype is None else f" caches {self.cache_dtype}"
+        extra += "" if (self.init, self.local) == (0, 1) else f" init{self.init} local{self.local}"
         heads = f"{self.q_heads}/{self.kv_heads}/{self.index_heads}"
         return f"{heads} D{self.head_dim} B{self.block} top{self.topk} {self.dtype}{extra}"
 
@@ -102,19 +104,20 @@ def make_sample(case: ParityCase, seed: int, ties: bool = False) -> Sample:
     for request, start in enumerate(starts[:-1]):
         positions[start : starts[request + 1]] = case.prefix_lens[request] + np.arange(lens[request])
 
-    def poisoned(mask: np.ndarray, *size: int, few: bool = False) -> jax.Array:
+    def poisoned(mask: np.ndarray, *size: int, few: bool = False, dtype: str = shape.dtype) -> jax.Array:
         values = random.integers(-1, 2, size) if few else random.standard_normal(size, np.float32)
-        return jnp.asarray(np.where(mask, values, np.float32(np.nan)), shape.dtype)
+        return jnp.asarray(np.where(mask, values, np.float32(np.nan)), dtype)
 
+    cached = shape.cache_dtype or shape.dtype
     cache = (pages, shape.kv_heads, shape.block, shape.head_dim)
     return Sample(
         case=case,
         batch=Batch(*(jnp.asarray(x, jnp.int32) for x in (tables, starts, kv_lens))),
         q=poisoned(live[:, None, None], rows, shape.q_heads, shape.head_dim),
-        k_cache=poisoned(owned[:, None, :, None], *cache),
-        v_cache=poisoned(owned[:, None, :, None], *cache),
+        k_cache=poisoned(owned[:, None, :, None], *cache, dtype=cached),
+        v_cache=poisoned(owned[:, None, :, None], *cache, dtype=cached),
         idx_q=poisoned(live[:, None, None], rows, shape.index_heads, shape.head_dim, few=ties),
-        index_cache=poisoned(owned[..., None], pages, shape.block, shape.head_dim, few=ties),
+        index_cache=poisoned(owned[..., None], pages, shape.block, shape.head_dim, few=ties, dtype=cached),
         live=live,
         positions=positions,
     )

@@ -20,9 +20,9 @@ from benchmarks.segments.rank_model import RankModel, Sizes, rank_config
 from benchmarks.segments.report import summary, write_results
 from benchmarks.segments.stopwatch import bytes_in_use, host_times, time_steps
 from benchmarks.segments.timeline import timeline_svg
-from benchmarks.segments.trace import Launch, overlap, profile
 from minimax_jax.attention import PagedAttention
 from minimax_jax.engine.segmented_prefill import FlatStep
+from minimax_jax.rank_slice.trace import Launch, overlap, profile
 from minimax_jax.segmented.graphs import dump_options, graph_use
 
 FULL = Sizes(layers=8, prefill=(1024, 4096, 8192), decode=(1, 64), past=8192, repeats=20, rounds=15)

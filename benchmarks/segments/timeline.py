@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from xml.sax.saxutils import escape
 
-from benchmarks.segments.trace import Launch
+from minimax_jax.rank_slice.trace import Launch
 
 _KINDS = (
     ("matrix products", ("gemm", "cublas", "nvjet", "cutlass", "dot"), "#4e79a7"),

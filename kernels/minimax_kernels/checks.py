@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from minimax_kernels.batch import Batch
+from minimax_kernels.cache_types import FP8
 
 FLOATS = ("float32", "bfloat16", "float16")
+CACHE_TYPES = (*FLOATS, FP8)
 
 
 def check_rank(name: str, x: jax.Array, shape: str) -> None:
@@ -31,6 +33,22 @@ def check_float(name: str, x: jax.Array) -> None:
     """Attention operands are float32, bfloat16 or float16."""
     if str(x.dtype) not in FLOATS:
         raise ValueError(f"{name} is {x.dtype}: must be one of {', '.join(FLOATS)}")
+
+
+def check_cache(name: str, x: jax.Array) -> None:
+    """Caches may be e4m3 as well."""
+    if str(x.dtype) not in CACHE_TYPES:
+        raise ValueError(f"{name} is {x.dtype}: must be one of {', '.join(CACHE_TYPES)}")
+
+
+def check_pair(k_cache: jax.Array, v_cache: jax.Array) -> None:
+    """Keys and values lie in caches of one shape and type."""
+    check_rank("k_cache", k_cache, "[P, Hkv, B, D]")
+    check_cache("k_cache", k_cache)
+    if v_cache.shape != k_cache.shape:
+        raise ValueError(f"v_cache has shape {v_cache.shape}: must be {k_cache.shape}, as k_cache")
+    if v_cache.dtype != k_cache.dtype:
+        raise ValueError(f"v_cache is {v_cache.dtype}: must be {k_cache.dtype}, as k_cache")
 
 
 def check_positive(name: str, value: int, least: int = 1) -> None:
@@ -101,10 +119,8 @@ def check_batch(batch: Batch, block_size: int | None = None) -> None:
 def check_attention(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, batch: Batch, out: jax.Array | None) -> None:
     """What dense and sparse attention ask of their operands."""
     check_rank("q", q, "[T, Hq, D]")
-    check_rank("k_cache", k_cache, "[P, Hkv, B, D]")
     check_float("q", q)
-    if v_cache.shape != k_cache.shape:
-        raise ValueError(f"v_cache has shape {v_cache.shape}: must be {k_cache.shape}, as k_cache")
+    check_pair(k_cache, v_cache)
     check_extent("q", "D", q.shape[2], k_cache.shape[3], "in k_cache")
     check_multiple("q's Hq", q.shape[1], "k_cache's Hkv", k_cache.shape[1])
     check_batch(batch, k_cache.shape[2])

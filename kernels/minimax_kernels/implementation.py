@@ -21,7 +21,14 @@ def implementations(pallas_triton: Implementation, reference: Implementation) ->
     }
 
 
-def dispatch(op: str, implementations: Mapping[str, Implementation], impl: str | None, *args: Any, **kwargs: Any):
+def dispatch(
+    op: str,
+    implementations: Mapping[str, Implementation],
+    impl: str | None,
+    *args: Any,
+    differentiable: bool = False,
+    **kwargs: Any,
+):
     """Calls implementation `impl` of an operation, or with None the best for the device that the call runs on.
 
     None means `pallas_triton` on NVIDIA GPUs where it can serve the call, and `reference` everywhere else.
@@ -30,6 +37,7 @@ def dispatch(op: str, implementations: Mapping[str, Implementation], impl: str |
       op: the operation's name, for messages.
       implementations: name -> function; "reference" always serves. "pallas_triton_interpret" is for tests.
       impl: one of the names, or None.
+      differentiable: derivatives are the reference's, whichever implementation is picked; one that is named has none.
 
     Raises:
       ValueError: for an unknown name.
@@ -57,5 +65,22 @@ def dispatch(op: str, implementations: Mapping[str, Implementation], impl: str |
     def call(function: Implementation) -> Callable[..., Any]:
         return lambda args, arrays: function(*args, **static, **arrays)
 
+    if differentiable:
+        best = _with_gradient_of(reference, best, static)
+
     # decided when the call is lowered, so that arrays on the CPU of a machine with a GPU are served too
     return jax.lax.platform_dependent(args, arrays, cuda=call(best), default=call(reference))
+
+
+def _with_gradient_of(reference: Implementation, best: Implementation, static: Mapping[str, Any]) -> Implementation:
+    """`best`, which is opaque to differentiation, with the derivative of `reference`."""
+
+    @jax.custom_jvp
+    def call(*args: Any) -> Any:
+        return best(*args, **static)
+
+    @call.defjvp
+    def _derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+        return jax.jvp(functools.partial(reference, **static), primals, tangents)
+
+    return lambda *args, **_: call(*args)

@@ -128,3 +128,10 @@ def page_launch(num_tokens: int, rows_per_token: int, groups: int, topk: int) ->
 
 WRITE_TOKENS = 16  # tokens of a program that writes to pages
 WRITE_LAUNCH = Launch(num_warps=4, num_stages=1)
+
+NORM_LAUNCH = Launch(num_warps=4, num_stages=1)
+
+
+def norm_rows(num_rows: int) -> int:
+    """Heads of a program of `norm_rope`: few where there are few, so that they spread over the device."""
+    return 8 if num_rows < NUM_SMS * 64 else 32

@@ -18,7 +18,7 @@ class Mxfp8:
     """A quantised matrix or stack of matrices (OCP Microscaling Formats 1.0, MXFP8 E4M3).
 
     Attributes:
-      values: [..., K, N] float8_e4m3fn.
+      values: [..., K, N] float8_e4m3fn. Kernels take a NaN among them for 480: a block that holds one has scale 255.
       scales: [..., K / 32, N] uint8, exponent biased by 127: the factor is 2 ** (scale - 127).
     """
 
@@ -29,6 +29,18 @@ class Mxfp8:
     def shape(self) -> tuple[int, ...]:
         """Shape of the matrix that this stands for."""
         return tuple(self.values.shape)
+
+    def check(self, name: str) -> None:
+        """Raises a ValueError that names `name` if types or shapes do not fit each other."""
+        if self.values.dtype != jnp.float8_e4m3fn or self.scales.dtype != jnp.uint8:
+            raise ValueError(
+                f"{name} is Mxfp8 of {self.values.dtype} and {self.scales.dtype}: must be float8_e4m3fn and uint8"
+            )
+        *lead, rows, columns = self.shape
+        if rows % BLOCK or self.scales.shape != (*lead, rows // BLOCK, columns):
+            raise ValueError(
+                f"{name} has scales {tuple(self.scales.shape)} for values {self.shape}: must be [..., K / 32, N]"
+            )
 
     @property
     def ndim(self) -> int:

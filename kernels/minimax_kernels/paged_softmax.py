@@ -20,7 +20,9 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from minimax_kernels.batch import Batch
+from minimax_kernels.cache_types import as_read
 from minimax_kernels.exponential import LOG2_E, exp2_scaled
+from minimax_kernels.fp8_queries import product_rows
 from minimax_kernels.launch_table import AttendLaunch
 from minimax_kernels.merge_partials import merge_last_program
 from minimax_kernels.ragged_tiles import Tile, locate_tile, num_tiles
@@ -142,6 +144,8 @@ def _attend_kernel(
     channel = jnp.arange(head_dim, dtype=jnp.int32)
     # rows that are none are computed too, and not written: a mask would make the load wait for the tile's request
     q = q_ref[jnp.minimum(flat, num_tokens - 1)[:, None], (group * rows_per_token + head)[:, None], channel[None, :]]
+    q, factor = product_rows(q, k_ref.dtype)
+    scales = scale if factor is None else scale * factor
     position = jnp.where(live, at.first_position + token, -1)
     kv_len = kv_lens_ref[request]
     first = split * blocks_per_program
@@ -159,13 +163,13 @@ def _attend_kernel(
         """One step of the running softmax over `keys_per_step` keys of a page."""
         top, total, acc = state
         key = block * block_size + offset + jnp.arange(keys_per_step, dtype=jnp.int32)
-        keys = k_ref[page, kv_head, pl.ds(offset, keys_per_step), :]
+        keys = as_read(k_ref[page, kv_head, pl.ds(offset, keys_per_step), :], q.dtype)
         scores = lax.dot_general(q, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         seen = (key[None, :] <= position[:, None]) & (block >= 0)
         scores = jnp.where(seen, scores, -jnp.inf)
-        new_top = jnp.maximum(top, jnp.max(scores, axis=1) * scale)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1) * scales)
         shift = jnp.where(new_top == -jnp.inf, 0.0, new_top)  # nothing seen yet: 2 ** (-inf - 0) = 0
-        weights = exp2_scaled(scores, scale, shift, interpret=interpret)
+        weights = exp2_scaled(scores, scales, shift, interpret=interpret)
         rescale = jnp.exp2(top - shift)
         # what no request owns may be NaN, and 0 * NaN is NaN: such values are read as zeros
         values = plgpu.load(
@@ -173,6 +177,7 @@ def _attend_kernel(
             mask=jnp.broadcast_to(((key < kv_len) & (block >= 0))[:, None], (keys_per_step, head_dim)),
             other=0.0,
         )
+        values = as_read(values, q.dtype)
         acc = acc * rescale[:, None]
         acc += lax.dot_general(
             weights.astype(values.dtype), values, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -42,15 +43,18 @@ def triton_call(
       aliases: argument -> output that is the same memory.
       interpret: run in Pallas's interpreter, on any device, slowly.
     """
-    return pl.pallas_call(
-        kernel,
-        out_shape=out_shape,
-        grid=grid,
-        input_output_aliases=dict(aliases or {}),
-        compiler_params=plgpu.CompilerParams(num_warps=launch.num_warps, num_stages=launch.num_stages),
-        interpret=interpret,
-        name=name,
-    )(*args)
+    # kernels count in 32 bits, also where JAX_ENABLE_X64 makes 64 of plain numbers and of the caller's tables
+    narrow = [x.astype(jnp.int32) if x.dtype == jnp.int64 else x for x in args]
+    with jax.enable_x64(False):
+        return pl.pallas_call(
+            kernel,
+            out_shape=out_shape,
+            grid=grid,
+            input_output_aliases=dict(aliases or {}),
+            compiler_params=plgpu.CompilerParams(num_warps=launch.num_warps, num_stages=launch.num_stages),
+            interpret=interpret,
+            name=name,
+        )(*narrow)
 
 
 def ceil_div(numerator: int, denominator: int) -> int:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import jax
 
+from minimax_kernels.cache_types import FP8, is_fp8
+from minimax_kernels.matmul_launches import LEAST_COLUMNS, largest_divisor
+from minimax_kernels.mxfp8 import BLOCK, Mxfp8
 from minimax_kernels.triton_call import is_power_of_two
+from minimax_kernels.weight_tiles import Weight
 
 NARROW = ("bfloat16", "float16")
 MOST_PAGE_ELEMENTS = 128 * 128  # keys and values of a page lie in shared memory together
@@ -18,8 +22,10 @@ def require_power_of_two(name: str, value: int, most: int) -> None:
 
 def require_pages(q: jax.Array, cache: jax.Array, block_size: int, head_dim: int, *, interpret: bool) -> None:
     """Types and page sizes that the attention kernels take; the interpreter also takes float32, for exact tests."""
-    if q.dtype != cache.dtype:
-        raise NotImplementedError(f"pallas_triton: queries are {q.dtype}, the cache is {cache.dtype}")
+    if cache.dtype != q.dtype and not is_fp8(cache.dtype):
+        raise NotImplementedError(
+            f"pallas_triton: queries are {q.dtype}, the cache is {cache.dtype}, which is neither that nor {FP8}"
+        )
     if str(q.dtype) not in NARROW and not interpret:
         raise NotImplementedError(f"pallas_triton: {q.dtype} is not one of {', '.join(NARROW)}")
     for name, value in (("block size", block_size), ("head_dim", head_dim)):
@@ -30,3 +36,17 @@ def require_pages(q: jax.Array, cache: jax.Array, block_size: int, head_dim: int
             f"pallas_triton: a page of {block_size} tokens of {head_dim} channels has more than "
             f"{MOST_PAGE_ELEMENTS} elements"
         )
+
+
+def require_weight(x: jax.Array, w: Weight, *, interpret: bool) -> None:
+    """Types and sizes of rows and weights that the products take."""
+    if x.dtype != "bfloat16":
+        raise NotImplementedError(f"pallas_triton: rows are {x.dtype}, not bfloat16")
+    if not isinstance(w, Mxfp8) and w.dtype != x.dtype:
+        raise NotImplementedError(f"pallas_triton: the weight is {w.dtype}, the rows are {x.dtype}")
+    for name, size, least in (("K", w.shape[-2], BLOCK), ("N", w.shape[-1], LEAST_COLUMNS)):
+        if largest_divisor(size, least) < least:
+            raise NotImplementedError(f"pallas_triton: {name} = {size} of the weight is not a multiple of {least}")
+    # Triton's offsets are 32 bits, signed, for arrays of up to 4 GiB
+    if isinstance(w, Mxfp8) and not interpret and 1 << 31 <= w.values.size < 1 << 32:
+        raise NotImplementedError(f"pallas_triton: MXFP8 values of {w.values.size} bytes, between 2 and 4 GiB")

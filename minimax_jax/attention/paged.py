@@ -1,4 +1,4 @@
-"""One layer's attention once its keys and values lie in pages."""
+"""One layer's attention over pages: what is written to them, and what is read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.parallel import IndexSplit
-from minimax_kernels import Batch, dense_attention, msa, sparse_attention, write_index
+from minimax_kernels import Batch, dense_attention, msa, sparse_attention, write_kv, write_kv_index
 
 
 def attend_paged(
@@ -52,15 +52,22 @@ def attend_paged(
     return attended.reshape(q.shape[0], -1)
 
 
-def write_index_keys(
-    index_cache: Float[Array, "P Bi Di"],
-    idx_k: Float[Array, "T 1 Di"],
+def write_paged(
+    k_cache: Float[Array, "P Hkv B D"],
+    v_cache: Float[Array, "P Hkv B D"],
+    index_cache: Float[Array, "P Bi Di"] | None,
+    k: Float[Array, "T Hkv D"],
+    v: Float[Array, "T Hkv D"],
+    idx_k: Float[Array, "T 1 Di"] | None,
     slots: Int[Array, "T"],
-    index_split: IndexSplit | None,
     *,
+    index_split: IndexSplit | None = None,
     impl: str | None = None,
-) -> Float[Array, "P Bi Di"]:
-    """The new tokens' index keys in their pages, in place; with `index_split` only this rank's."""
-    if index_split is None:
-        return write_index(index_cache, idx_k, slots, impl=impl)
-    return index_split.write(index_cache, idx_k, slots, impl=impl)
+) -> tuple[Float[Array, "P Hkv B D"], Float[Array, "P Hkv B D"], Float[Array, "P Bi Di"] | None]:
+    """One layer's new tokens in their pages, in place; of index keys, with `index_split`, only this rank's."""
+    if index_cache is not None and idx_k is not None and index_split is None:
+        return write_kv_index(k_cache, v_cache, index_cache, k, v, idx_k, slots, impl=impl)
+    k_cache, v_cache = write_kv(k_cache, v_cache, k, v, slots, impl=impl)
+    if index_cache is not None and idx_k is not None and index_split is not None:
+        index_cache = index_split.write(index_cache, idx_k, slots, impl=impl)
+    return k_cache, v_cache, index_cache

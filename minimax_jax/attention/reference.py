@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minimax_jax.attention.paged import attend_paged
+from minimax_jax.attention.paged import attend_paged, write_paged
 from minimax_jax.config import MiniMaxM3Config
-from minimax_kernels import packed_batch, write_index, write_kv
+from minimax_kernels import packed_batch
 
 
 class ReferenceAttend:
@@ -45,9 +45,8 @@ class ReferenceAttend:
     ) -> Float[Array, "T Hq*D"]:
         block_size = self.config.index_block_size
         empty = jnp.zeros((self.num_pages, k.shape[1], block_size, k.shape[2]), k.dtype)
-        k_pages, v_pages = write_kv(empty, empty, k, v, self.slots, impl=self.impl)
         index_pages = None
         if idx_k is not None:
             index_pages = jnp.zeros((self.num_pages, block_size, idx_k.shape[2]), idx_k.dtype)
-            index_pages = write_index(index_pages, idx_k, self.slots, impl=self.impl)
+        k_pages, v_pages, index_pages = write_paged(empty, empty, index_pages, k, v, idx_k, self.slots, impl=self.impl)
         return attend_paged(self.config, q, k_pages, v_pages, idx_q, index_pages, self.batch, impl=self.impl)

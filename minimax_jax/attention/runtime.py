@@ -11,14 +11,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from minimax_jax.attention.layout import StepLayout, check_pages
-from minimax_jax.attention.paged import attend_paged, write_index_keys
+from minimax_jax.attention.paged import attend_paged, write_paged
 from minimax_jax.attention.transfer import send_together
 from minimax_jax.buckets import padded_size
 from minimax_jax.cache import PagePool
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.parallel import Ranks
 from minimax_jax.recent import RecentJits
-from minimax_kernels import Batch, write_kv
+from minimax_kernels import Batch
 
 
 class PagedAttention:
@@ -133,14 +133,15 @@ class PagedAttention:
 
     def _dense_layer(self, k_cache, v_cache, out, q, k, v, slots, batch):
         self.traces += 1
-        k_cache, v_cache = write_kv(k_cache, v_cache, k, v, slots, impl=self._impl)
+        k_cache, v_cache, _ = write_paged(k_cache, v_cache, None, k, v, None, slots, impl=self._impl)
         out = self._into(out, q, k_cache, v_cache, None, None, batch)
         return k_cache, v_cache, out
 
     def _sparse_layer(self, k_cache, v_cache, index_cache, out, q, k, v, idx_q, idx_k, slots, batch):
         self.traces += 1
-        k_cache, v_cache = write_kv(k_cache, v_cache, k, v, slots, impl=self._impl)
-        index_cache = write_index_keys(index_cache, idx_k, slots, self._index_split, impl=self._impl)
+        k_cache, v_cache, index_cache = write_paged(
+            k_cache, v_cache, index_cache, k, v, idx_k, slots, index_split=self._index_split, impl=self._impl
+        )
         out = self._into(out, q, k_cache, v_cache, idx_q, index_cache, batch)
         return k_cache, v_cache, index_cache, out
 

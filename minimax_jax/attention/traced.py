@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
-from minimax_jax.attention.paged import attend_paged, write_index_keys
+from minimax_jax.attention.paged import attend_paged, write_paged
 from minimax_jax.cache.pages import PagedCaches
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.parallel import IndexSplit
-from minimax_kernels import Batch, write_kv
+from minimax_kernels import Batch
 
 
 class TracedAttend:
@@ -47,12 +47,11 @@ class TracedAttend:
         idx_q: Float[Array, "T Hi Di"] | None,
         idx_k: Float[Array, "T 1 Di"] | None,
     ) -> Float[Array, "T Hq*D"]:
-        k_cache, v_cache = write_kv(self._k[layer_id], self._v[layer_id], k, v, self.slots, impl=self.impl)
-        self._k[layer_id], self._v[layer_id] = k_cache, v_cache
-        index_cache = self._index[layer_id]
-        if index_cache is not None and idx_k is not None:
-            index_cache = write_index_keys(index_cache, idx_k, self.slots, self.index_split, impl=self.impl)
-            self._index[layer_id] = index_cache
+        k_cache, v_cache, index_cache = write_paged(
+            self._k[layer_id], self._v[layer_id], self._index[layer_id], k, v, idx_k, self.slots,
+            index_split=self.index_split, impl=self.impl,
+        )  # fmt: skip
+        self._k[layer_id], self._v[layer_id], self._index[layer_id] = k_cache, v_cache, index_cache
         return attend_paged(
             self.config, q, k_cache, v_cache, idx_q, index_cache, self.batch,
             index_split=self.index_split, impl=self.impl,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +20,7 @@ from minimax_jax.checkpoint.errors import CheckpointError
 from minimax_jax.checkpoint.files import CheckpointFiles
 from minimax_jax.checkpoint.names import STYLES, Range, StateTensor, Style, detect_style, state_tensors
 from minimax_jax.checkpoint.read import read_state_tensor
-from minimax_jax.checkpoint.verify import compare
+from minimax_jax.checkpoint.verify import MXFP8_VALUES, compare
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.paths import model_directory
 
@@ -26,8 +28,11 @@ if TYPE_CHECKING:
     import jax
 
     from minimax_jax.parallel import Ranks
+    from minimax_kernels import Mxfp8
 
+QUANTIZATIONS = ("auto", "none")
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+_E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 _MAX_THREADS = 8
 _PROGRESS_DELAY = 2.0  # seconds; a load that is over sooner shows nothing
 
@@ -40,13 +45,15 @@ class LoadPlan:
       files: the open files.
       style: the name style they are in.
       tensors: by state name.
-      dtype: of the state, but for the router, which stays float32.
+      dtype: of the state, but for the router, which stays float32, and for `kept`.
+      kept: names of the tensors that stay MXFP8.
     """
 
     files: CheckpointFiles
     style: Style
     tensors: dict[str, StateTensor]
     dtype: np.dtype
+    kept: frozenset[str] = frozenset()
 
     def __enter__(self) -> Self:
         return self
@@ -66,29 +73,53 @@ class LoadPlan:
         return sum(map(self.num_bytes_of, self.tensors))
 
     def num_bytes_of(self, name: str) -> int:
-        """Bytes of one state tensor."""
-        return int(np.prod(self.tensors[name].shape)) * self.dtype_of(name).itemsize
+        """Bytes of one state tensor, scales included."""
+        tensor = self.tensors[name]
+        if name in self.kept:
+            return math.prod(tensor.shape) + math.prod(tensor.scales.shape)
+        return math.prod(tensor.shape) * self.dtype_of(name).itemsize
 
     def read(self, name: str, ranges: tuple[Range, ...] | None = None, executor: Executor | None = None) -> np.ndarray:
-        """One state tensor on the host, or the half-open `ranges` of it, one per axis; see `read_state_tensor`."""
+        """One state tensor on the host, or the half-open `ranges` of it, one per axis; see `read_state_tensor`.
+
+        MXFP8 weights are multiplied out.
+        """
         return read_state_tensor(self.files, self.tensors[name], self.dtype_of(name), ranges, executor)
 
+    def read_values(
+        self, name: str, ranges: tuple[Range, ...] | None = None, executor: Executor | None = None
+    ) -> np.ndarray:
+        """The float8_e4m3fn values of a tensor of `kept`, as `read`."""
+        return read_state_tensor(self.files, self.tensors[name], _E4M3, ranges, executor)
 
-def plan_load(directory: str | Path, config: MiniMaxM3Config, dtype: Any = "bfloat16") -> LoadPlan:
+    def read_scales(
+        self, name: str, ranges: tuple[Range, ...] | None = None, executor: Executor | None = None
+    ) -> np.ndarray:
+        """Its uint8 scales, [..., in / 32, out], as `read`."""
+        return read_state_tensor(self.files, self.tensors[name].scales, np.dtype(np.uint8), ranges, executor)
+
+
+def plan_load(
+    directory: str | Path, config: MiniMaxM3Config, dtype: Any = "bfloat16", *, quantization: str = "auto"
+) -> LoadPlan:
     """Opens a checkpoint and verifies all of it from the headers, without reading weights or touching a device.
 
     Args:
       directory: with `*.safetensors`; "tiny" is the embedded checkpoint.
       config: the model to load.
       dtype: "bfloat16" or "float32", of the state.
+      quantization: "auto" keeps MXFP8 weights in 8 bits, "none" multiplies them out. A state tensor that the file has
+        only in part in MXFP8 is multiplied out.
 
     Raises:
       FileNotFoundError: if there is no such directory.
-      ValueError: for another dtype.
+      ValueError: for another dtype or quantization.
       CheckpointError: if a file is malformed or truncated, or a tensor is missing, extra, misshapen or of a
         wrong dtype (MXFP8 scales too); one error lists everything.
     """
     wanted = _state_dtype(dtype)
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization = {quantization!r}: must be {' or '.join(map(repr, QUANTIZATIONS))}")
     path = model_directory(directory)
     files = CheckpointFiles.open(path)
     try:
@@ -103,7 +134,12 @@ def plan_load(directory: str | Path, config: MiniMaxM3Config, dtype: Any = "bflo
     except BaseException:
         files.close()
         raise
-    return LoadPlan(files, style, tensors, wanted)
+    kept = {
+        name
+        for name, tensor in tensors.items()
+        if quantization == "auto" and all(files.dtype(piece.name) == MXFP8_VALUES for piece in tensor.pieces)
+    }
+    return LoadPlan(files, style, tensors, wanted, frozenset(kept))
 
 
 def load_state(
@@ -113,8 +149,9 @@ def load_state(
     *,
     device: jax.Device | jax.sharding.Sharding | None = None,
     ranks: Ranks | None = None,
+    quantization: str = "auto",
     progress: bool = True,
-) -> dict[str, jax.Array]:
+) -> dict[str, jax.Array | Mxfp8]:
     """The text model's state, on a device, under the model's own names.
 
     Streams: beside what is already on the device, the host holds one state tensor and a few megabytes. If it
@@ -125,16 +162,20 @@ def load_state(
       device: where to, None for JAX's default device.
       ranks: instead of a device, what to spread the model over: each process then reads only what its devices need,
         one rank's part of a tensor at a time.
+      quantization: as for `plan_load`; weights that stay in 8 bits come as `Mxfp8`.
       progress: a bar on stderr when loading takes more than two seconds.
 
     Raises:
-      As `plan_load`, before any device memory is taken.
+      As `plan_load`, before any device memory is taken, and:
+      ParallelError: if ranks would share a block of inputs with one scale.
     """
-    with plan_load(directory, config, dtype) as plan:
+    with plan_load(directory, config, dtype, quantization=quantization) as plan:
         import jax
         from tqdm import tqdm
 
-        state: dict[str, jax.Array] = {}
+        if ranks is not None:
+            ranks.layout.check_blocks({name: plan.tensors[name].shape for name in plan.kept})
+        state: dict[str, jax.Array | Mxfp8] = {}
         threads = ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="load")
         bar = tqdm(
             total=plan.num_bytes, desc="Loading weights", unit="B", unit_scale=True, file=sys.stderr,
@@ -142,16 +183,11 @@ def load_state(
         )  # fmt: skip
         try:
             for name in plan.tensors:
-                if ranks is None:
-                    state[name] = jax.device_put(plan.read(name, executor=threads), device)
-                else:
-                    read = functools.partial(plan.read, name, executor=threads)
-                    state[name] = ranks.assemble(name, plan.tensors[name].shape, read)
-                state[name].block_until_ready()  # so that the host's copy is gone before the next one comes
+                state[name] = _on_device(plan, name, device, ranks, threads)
                 bar.update(plan.num_bytes_of(name))
         except BaseException:
             # A traceback keeps this frame, and with it the arrays, alive for as long as anyone holds it.
-            for array in state.values():
+            for array in jax.tree.leaves(state):
                 array.delete()
             state.clear()
             raise
@@ -159,6 +195,25 @@ def load_state(
             threads.shutdown(wait=True, cancel_futures=True)
             bar.close()
     return state
+
+
+def _on_device(plan: LoadPlan, name: str, device: Any, ranks: Ranks | None, threads: Executor) -> jax.Array | Mxfp8:
+    """One state tensor; the host's copy is gone when this returns."""
+    import jax
+
+    from minimax_jax.checkpoint.nan_blocks import marked_scales
+    from minimax_kernels import Mxfp8
+
+    def placed(read: Callable[..., np.ndarray], shape: tuple[int, ...]) -> jax.Array:
+        reading = functools.partial(read, name, executor=threads)
+        array = jax.device_put(reading(), device) if ranks is None else ranks.assemble(name, shape, reading)
+        return array.block_until_ready()
+
+    tensor = plan.tensors[name]
+    if name not in plan.kept:
+        return placed(plan.read, tensor.shape)
+    weight = Mxfp8(placed(plan.read_values, tensor.shape), placed(plan.read_scales, tensor.scales.shape))
+    return Mxfp8(weight.values, marked_scales(weight))
 
 
 def _state_dtype(dtype: Any) -> np.dtype:

@@ -69,9 +69,9 @@ def quantize_mxfp8(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # frexp writes x = m * 2^e with m in [0.5, 1), so floor(log2(x)) = e - 1, exact for subnormals too.
     exponent = np.frexp(np.where(finite, largest, 1.0))[1] - 1 - _E4M3_MAX_EXPONENT
     exponent = np.where(largest == 0, -127, np.clip(exponent, -127, 127)).astype(np.int32)
-    # In float64 the division by a power of two is exact, so the values are rounded once.
-    scaled = np.ldexp(np.where(finite[..., None], blocks, 0).astype(np.float64), -exponent[..., None])
-    values = np.clip(scaled, -_E4M3_MAX, _E4M3_MAX).astype(np.float32).astype(_E4M3)
+    # A power of two changes no bit but where the product is subnormal, which e4m3 has as zero: one rounding in all.
+    scaled = np.where(finite[..., None], blocks, 0) * np.ldexp(np.float32(1), -exponent)[..., None]
+    values = np.clip(scaled, -_E4M3_MAX, _E4M3_MAX, out=scaled).astype(_E4M3)
     return values.reshape(x.shape), np.where(finite, exponent + 127, 255).astype(np.uint8)
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from minimax_jax.config import MiniMaxM3Config
+from minimax_jax.tensor_table import MXFP8_BLOCK, SCALE_SUFFIX
 
 Range = tuple[int, int]
 _MTP = re.compile(r"(^|\.)mtp\.")  # drafts that some checkpoints carry; transformers ignores them too
@@ -133,6 +134,12 @@ class Piece:
                 file_index.append(slice(first - begin, last - begin))
         return Read(self, self._swap(tuple(file_index)), tuple(target))
 
+    @property
+    def scales(self) -> Piece:
+        """The file tensor of this one's MXFP8 scales, at its place among the state tensor's; inputs begin at 0."""
+        shape = (*self.shape[:-1], self.shape[-1] // MXFP8_BLOCK)
+        return dataclasses.replace(self, name=self.name + SCALE_SUFFIX, shape=shape, quantisable=False)
+
     def _swap(self, axes: tuple) -> tuple:
         return (*axes[:-2], axes[-1], axes[-2]) if self.transposed else axes
 
@@ -160,6 +167,13 @@ class StateTensor:
         ):
             raise ValueError(f"{self.name}: ranges {ranges} must lie within {self.shape}")
         return (read for piece in self.pieces if (read := piece.read(ranges)) is not None)
+
+    @property
+    def scales(self) -> StateTensor:
+        """The same tensor's MXFP8 scales, [..., in / 32, out], from the file's tensors of scales."""
+        pieces = tuple(piece.scales for piece in self.pieces)
+        shape = (*self.shape[:-2], self.shape[-2] // MXFP8_BLOCK, self.shape[-1])
+        return StateTensor(self.name, shape, pieces)
 
 
 def state_tensors(config: MiniMaxM3Config, style: Style) -> dict[str, StateTensor]:

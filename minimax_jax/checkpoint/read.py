@@ -27,13 +27,13 @@ def read_state_tensor(
 ) -> np.ndarray:
     """`state[tensor.name][ranges]` in `dtype`: a fresh array, the only large allocation made.
 
-    Floats are cast rounding to nearest even; MXFP8 weights are multiplied out in float32 first. Only the file's
-    pages under `ranges` are read, and they leave this process's memory again.
+    Floats are cast rounding to nearest even; MXFP8 weights are multiplied out in float32 first, or with a dtype of one
+    byte left as they are. Only the file's pages under `ranges` are read, and they leave this process's memory again.
 
     Args:
       files: the checkpoint; `compare` must have found nothing wrong with this tensor.
       tensor: which one.
-      dtype: bfloat16 or float32.
+      dtype: bfloat16 or float32; float8_e4m3fn for the values of an MXFP8 tensor, uint8 for its scales.
       ranges: half-open, one per axis of the state tensor; None for all of it.
       executor: threads to share the work, None to do it here.
     """
@@ -78,7 +78,8 @@ def _copy(
     files: CheckpointFiles, name: str, lead: tuple[int, ...], index: tuple[slice, ...], target: np.ndarray
 ) -> None:
     """`target[...] = file[lead][index]`, a strip of rows at a time: temporaries stay in the processor's cache."""
-    quantised = files.dtype(name) == MXFP8_VALUES
+    raw = target.dtype.itemsize == 1
+    quantised = files.dtype(name) == MXFP8_VALUES and not raw
     strip = max(1, _CACHE_LINE // target.dtype.itemsize) if target.ndim == 2 else len(target)
     bits = np.dtype(f"u{target.dtype.itemsize}")
     first = index[0].start
@@ -86,7 +87,8 @@ def _copy(
         part = (slice(first + row, min(first + row + strip, index[0].stop)), *index[1:])
         source = _dequantised(files, name, *part) if quantised else files.read(name, (*lead, *part))
         # As plain integers, because NumPy copies those several times faster than ml_dtypes' bfloat16.
-        np.copyto(target[row : row + strip].view(bits), source.astype(target.dtype, copy=False).view(bits))
+        values = source if raw else source.astype(target.dtype, copy=False)
+        np.copyto(target[row : row + strip].view(bits), values.view(bits))
     files.release(name)
     if quantised:
         files.release(name + SCALE_SUFFIX)

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from minimax_jax.checkpoint.errors import CheckpointError
 from minimax_jax.checkpoint.files import INDEX_NAME, SINGLE_NAME
+from minimax_jax.checkpoint.mxfp8 import dequantize_mxfp8
 from minimax_jax.checkpoint.names import STYLES, Piece, StateTensor, state_tensors
 from minimax_jax.config import MiniMaxM3Config
+from minimax_jax.presets import mxfp8_quantization
 
 if TYPE_CHECKING:
     import jax
 
+    from minimax_kernels import Mxfp8
+
+Key = TypeVar("Key")
 _METADATA = {"format": "pt"}  # transformers refuses a file that does not say so
 _WRITABLE = ("bfloat16", "float32")
 
 
 def save_state(
-    state: Mapping[str, jax.Array | np.ndarray],
+    state: Mapping[str, jax.Array | np.ndarray | Mxfp8],
     config: MiniMaxM3Config,
     directory: str | Path,
     *,
@@ -36,14 +42,16 @@ def save_state(
     """Writes `config.json` and `model.safetensors`, or shards with their index, into `directory`.
 
     "transformers" is what `MiniMaxM3VLForCausalLM.from_pretrained` loads; "vendor" has the names of the released
-    checkpoints, text model only. Tensors keep the state's dtypes (the router float32). All is written under a
-    temporary name first: a new directory appears in one rename; in an existing one the old
-    weights go before the first new file comes, and the index last, so that old and new never mix. Other files
-    there (a tokenizer) stay. The host holds one shard and one state tensor at a time.
+    checkpoints, text model only. Tensors keep the state's dtypes (the router float32); MXFP8 weights stay in 8 bits in
+    the vendor's style, beside their scales, and are multiplied out in transformers', which has none.
+
+    All is written under a temporary name first: a new directory appears in one rename; in an existing one the old
+    weights go before the first new file comes, and the index last, so that old and new never mix. Other files there (a
+    tokenizer) stay. The host holds one shard and one state tensor at a time.
 
     Args:
-      state: the model's tensors by name, bfloat16 or float32.
-      config: the model's; its quantisation and its vision part are left out, as neither is in a state.
+      state: the model's tensors by name, bfloat16 or float32, or `Mxfp8`.
+      config: the model's; its vision part is left out, and its quantisation is that of the state.
       directory: made if it does not exist.
       style: "transformers" or "vendor".
       max_shard_bytes: data bytes of a file before the next begins; one tensor may be larger.
@@ -66,8 +74,10 @@ def save_state(
     stage = home / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
     stage.mkdir()
     try:
-        _write_config(config, style, str(np.dtype(state["embed_tokens"].dtype)), stage / "config.json")
-        _write_weights(state, tensors, stage, max_shard_bytes)
+        embedding: Any = state["embed_tokens"]
+        dtype, kept = np.dtype(embedding.dtype), _kept(state) if style == "vendor" else []
+        write_config(_saved_config(config, kept), style, dtype.name, stage / "config.json")
+        _write_weights(state, tensors, kept, dtype, stage, max_shard_bytes)
         _publish(stage, target)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -82,13 +92,34 @@ def _state_problems(state: Mapping[str, Any], tensors: dict[str, StateTensor]) -
         allowed = ("float32",) if tensors[name].float32 else _WRITABLE
         if tuple(array.shape) != tensors[name].shape:
             problems.append(f"{name}: shape {list(array.shape)}: must be {list(tensors[name].shape)}")
-        if np.dtype(array.dtype).name not in allowed:
+        if _is_mxfp8(array):
+            scales = tensors[name].scales.shape if len(array.shape) > 1 else None
+            if tuple(array.scales.shape) != scales:
+                problems.append(f"{name}: scales of shape {list(array.scales.shape)}: must be {scales}")
+        elif np.dtype(array.dtype).name not in allowed:
             problems.append(f"{name}: dtype {np.dtype(array.dtype).name}: must be {' or '.join(allowed)}")
     return problems
 
 
-def _write_config(config: MiniMaxM3Config, style: str, dtype: str, path: Path) -> None:
-    content = config.replace(quantization=None, vision=None).to_dict(style)
+def _is_mxfp8(leaf: Any) -> bool:
+    from minimax_kernels import Mxfp8
+
+    return isinstance(leaf, Mxfp8)
+
+
+def _kept(state: Mapping[str, Any]) -> list[str]:
+    """Names of the state tensors that are in 8 bits."""
+    return [name for name, leaf in state.items() if _is_mxfp8(leaf)]
+
+
+def _saved_config(config: MiniMaxM3Config, kept: list[str]) -> MiniMaxM3Config:
+    quantization = mxfp8_quantization(i for i in range(config.num_hidden_layers) if config.is_moe(i)) if kept else None
+    return config.replace(quantization=quantization, vision=None)
+
+
+def write_config(config: MiniMaxM3Config, style: str, dtype: str, path: Path) -> None:
+    """config.json in a style, for matrices of `dtype`."""
+    content = config.to_dict(style)
     for level in (content, content.get("text_config", {})):  # what the original said of its own dtype
         level.pop("dtype", None)
         level.pop("torch_dtype", None)
@@ -101,47 +132,89 @@ def _write_config(config: MiniMaxM3Config, style: str, dtype: str, path: Path) -
 
 
 def _write_weights(
-    state: Mapping[str, Any], tensors: dict[str, StateTensor], stage: Path, max_shard_bytes: float
+    state: Mapping[str, Any],
+    tensors: dict[str, StateTensor],
+    kept: list[str],
+    dtype: np.dtype,
+    stage: Path,
+    max_shard_bytes: float,
 ) -> None:
-    shards = _assign_shards(state, tensors, max_shard_bytes)
+    sizes = _file_sizes(state, tensors, kept, dtype)
+    shards = assign_shards(sizes, max_shard_bytes)
     single = len(shards) == 1
     weight_map: dict[str, str] = {}
-    arrays = _file_tensors(state, tensors)
+    arrays = _file_tensors(state, tensors, kept, dtype)
     for number, names in enumerate(shards, 1):
         shard = SINGLE_NAME if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(dict(itertools.islice(arrays, len(names))), stage / shard)
+        write_shard(dict(itertools.islice(arrays, len(names))), stage / shard)
         weight_map.update(dict.fromkeys(names, shard))
     if not single:
-        total = sum(int(array.size) * np.dtype(array.dtype).itemsize for array in state.values())
-        with open(stage / INDEX_NAME, "w", encoding="utf-8") as file:
-            json.dump({"metadata": {"total_size": total}, "weight_map": weight_map}, file, indent=2, sort_keys=True)
-            file.write("\n")
-            _sync(file.fileno())
+        write_index(weight_map, sum(sizes.values()), stage / INDEX_NAME)
 
 
-def _assign_shards(
-    state: Mapping[str, Any], tensors: dict[str, StateTensor], max_shard_bytes: float
-) -> list[list[str]]:
-    """File tensor names by shard, in the order in which `_file_tensors` makes them."""
-    shards: list[list[str]] = [[]]
+def write_index(weight_map: Mapping[str, str], total_size: int, path: Path) -> None:
+    """The index of shards: which file holds each tensor, and the bytes of all."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({"metadata": {"total_size": total_size}, "weight_map": weight_map}, file, indent=2, sort_keys=True)
+        file.write("\n")
+        _sync(file.fileno())
+
+
+def assign_shards(sizes: Mapping[Key, int], max_shard_bytes: float) -> list[list[Key]]:
+    """The keys by shard, in their order; `sizes` are in bytes."""
+    shards: list[list[Key]] = [[]]
     filled = 0
-    for tensor in tensors.values():
-        itemsize = np.dtype(state[tensor.name].dtype).itemsize
-        for piece in tensor.pieces:
-            size = int(np.prod(piece.shape)) * itemsize
-            if shards[-1] and filled + size > max_shard_bytes:
-                shards.append([])
-                filled = 0
-            shards[-1].append(piece.name)
-            filled += size
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
     return shards
 
 
-def _file_tensors(state: Mapping[str, Any], tensors: dict[str, StateTensor]) -> Iterator[tuple[str, np.ndarray]]:
+def _file_sizes(
+    state: Mapping[str, Any], tensors: dict[str, StateTensor], kept: list[str], dtype: np.dtype
+) -> dict[str, int]:
+    """Bytes of every tensor of the files, in the order in which `_file_tensors` makes them."""
+    sizes = {}
     for tensor in tensors.values():
-        whole = _to_host(state[tensor.name])
+        leaf = state[tensor.name]
+        itemsize = dtype.itemsize if _is_mxfp8(leaf) else np.dtype(leaf.dtype).itemsize
         for piece in tensor.pieces:
-            yield piece.name, _cut(whole, piece)
+            if tensor.name in kept:
+                sizes[piece.name], sizes[piece.scales.name] = math.prod(piece.shape), math.prod(piece.scales.shape)
+            else:
+                sizes[piece.name] = math.prod(piece.shape) * itemsize
+    return sizes
+
+
+def _file_tensors(
+    state: Mapping[str, Any], tensors: dict[str, StateTensor], kept: list[str], dtype: np.dtype
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, tensor) as files have them; MXFP8 ones that are not `kept` are multiplied out to `dtype`."""
+    for tensor in tensors.values():
+        leaf = state[tensor.name]
+        if not _is_mxfp8(leaf):
+            whole = _to_host(leaf)
+            for piece in tensor.pieces:
+                yield piece.name, _cut(whole, piece)
+            continue
+        values, scales = _to_host(leaf.values), _to_host(leaf.scales)
+        for piece in tensor.pieces:
+            parts = _cut(values, piece), _cut(scales, piece.scales)
+            if tensor.name in kept:
+                yield piece.name, parts[0]
+                yield piece.scales.name, parts[1]
+            else:
+                yield piece.name, _multiplied_out(*parts, dtype)
+
+
+def _multiplied_out(values: np.ndarray, scales: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`dequantize_mxfp8` of a matrix or, one after the other, of stacked ones: float32 is four times their size."""
+    if values.ndim == 2:
+        return dequantize_mxfp8(values, scales).astype(dtype)
+    return np.stack([_multiplied_out(*pair, dtype) for pair in zip(values, scales, strict=True)])
 
 
 def _cut(whole: np.ndarray, piece: Piece) -> np.ndarray:
@@ -175,7 +248,8 @@ def _to_host(array: Any) -> np.ndarray:
     return out
 
 
-def _write_shard(arrays: dict[str, np.ndarray], path: Path) -> None:
+def write_shard(arrays: dict[str, np.ndarray], path: Path) -> None:
+    """One file, on the disk when this returns; beside it lies config.json, whose permissions it gets."""
     from safetensors.numpy import save_file
 
     save_file(arrays, path, metadata=_METADATA)

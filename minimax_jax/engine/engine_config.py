@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from minimax_jax.cache import check_cache_dtype
+
 Config = TypeVar("Config")
 
 
@@ -19,7 +21,7 @@ class CacheConfig:
       max_tokens: at most so many tokens in the pages of a data rank; None for what memory there is, on a CPU for
         `max_batch_size` sequences of full length, or 1 GiB if that is less.
       page_size: tokens a page; must be the model's sparse block.
-      dtype: "auto" for the weights', "bfloat16" or "float32".
+      dtype: "auto" for the weights', "bfloat16", "float32", or "fp8": e4m3 in half of bfloat16's bytes.
       enable_reuse: whether prompts reuse pages that hold their beginning.
     """
 
@@ -37,8 +39,7 @@ class CacheConfig:
             value = getattr(self, name)
             if not (value is None and name == "max_tokens") and not (_is_int(value) and value >= 1):
                 raise ValueError(f"{name} = {value!r}: must be an integer >= 1")
-        if self.dtype not in ("auto", "bfloat16", "float32"):
-            raise ValueError(f"dtype = {self.dtype!r}: must be 'auto', 'bfloat16' or 'float32'")
+        check_cache_dtype(self.dtype, "dtype")
 
 
 @dataclasses.dataclass(frozen=True)

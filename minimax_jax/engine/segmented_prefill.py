@@ -15,7 +15,7 @@ from minimax_jax.attention import ATTENTION, BoundaryAttend, PagedAttention, Ste
 from minimax_jax.buckets import buckets_up_to
 from minimax_jax.cache import PagePool
 from minimax_jax.config import MiniMaxM3Config
-from minimax_jax.model import SINGLE_DEVICE, merge_model
+from minimax_jax.model import SINGLE_DEVICE, Comm, merge_model
 from minimax_jax.parallel import Ranks
 from minimax_jax.segmented import segmented_jit
 
@@ -54,6 +54,7 @@ class SegmentedPrefill:
         buckets: Sequence[int] | None = None,
         attention: PagedAttention | None = None,
         ranks: Ranks | None = None,
+        comm: Comm | None = None,
         compiler_options: Mapping[str, Any] | None = None,
         dump_to: str | Path | None = None,
     ):
@@ -64,10 +65,12 @@ class SegmentedPrefill:
           buckets: of tokens; None for powers of two and three quarters of these.
           attention: the executables behind the boundary, over the same ranks; None for ones with the best kernels.
           ranks: what the model is spread over, None for one device.
+          comm: what modules get; None for that of `ranks`, or of one device.
           compiler_options, dump_to: as `segmented_jit` takes them.
         """
         self._config, self._graphdef, self._names = config, graphdef, names
-        self._groups, self._comm = (1, SINGLE_DEVICE) if ranks is None else (ranks.groups, ranks.comm)
+        self._groups = 1 if ranks is None else ranks.groups
+        self._comm = comm or (SINGLE_DEVICE if ranks is None else ranks.comm)
         self.attention = PagedAttention(config, ranks=ranks) if attention is None else attention
         over: dict[str, Any] = {}
         if ranks is not None:

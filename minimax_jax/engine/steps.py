@@ -24,7 +24,7 @@ from minimax_jax.engine.logprobs import TokenLogprobs, token_logprobs
 from minimax_jax.engine.row_state import Adjustments, RowState, adjust_logits, begin_row, record_tokens
 from minimax_jax.engine.sampler import SamplingState, pick_tokens
 from minimax_jax.engine.segmented_prefill import LEAST_BUCKET, SegmentedPrefill
-from minimax_jax.model import SINGLE_DEVICE, merge_model
+from minimax_jax.model import SINGLE_DEVICE, Comm, merge_model
 from minimax_jax.parallel import Ranks
 from minimax_jax.recent import RecentJits
 from minimax_kernels import Batch
@@ -102,16 +102,23 @@ class Steps:
     """
 
     def __init__(
-        self, config: MiniMaxM3Config, graphdef: nnx.GraphDef, names: tuple[str, ...], ranks: Ranks | None = None
+        self,
+        config: MiniMaxM3Config,
+        graphdef: nnx.GraphDef,
+        names: tuple[str, ...],
+        ranks: Ranks | None = None,
+        *,
+        comm: Comm | None = None,
     ):
         """
         Args:
           config, graphdef: of the whole model, or with `ranks` of one rank.
           ranks: what the model is spread over. Every rank of a data group gets the group's rows; see `Ranks`.
+          comm: what modules get; None for that of `ranks`, or of one device.
         """
         self.traces = {"layers": 0, "pick": 0}
         self.ranks = ranks
-        self._comm = SINGLE_DEVICE if ranks is None else ranks.comm
+        self._comm = comm or (SINGLE_DEVICE if ranks is None else ranks.comm)
         self._config, self._graphdef, self._names = config, graphdef, names
         self.layers = jax.jit(self._layers, donate_argnums=(1,))
         self.score = jax.jit(self._score, static_argnames="num_logprobs")
@@ -139,7 +146,7 @@ class Steps:
         )
         return SegmentedPrefill(
             self._config, self._graphdef, self._names,
-            max_tokens=buckets[-1], buckets=buckets, attention=attention, ranks=self.ranks,
+            max_tokens=buckets[-1], buckets=buckets, attention=attention, ranks=self.ranks, comm=self._comm,
         )  # fmt: skip
 
     def _take_rows(self) -> Callable[[Array, Array], Array]:

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.model.linear import linear, normal_init
 from minimax_jax.model.norm import RMSNorm
-from minimax_jax.model.rope import RopeTables, apply_rope
+from minimax_jax.model.rope import RopeTables
+from minimax_kernels import Mxfp8, matmul, norm_rope
 
 
 class Attend(Protocol):
@@ -57,19 +58,27 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "T H"], rope: RopeTables, attend: Attend) -> Float[Array, "T H"]:
         """The result is this rank's part of the sum over tensor ranks."""
-        num_tokens, head_dim = x.shape[0], self.config.head_dim
+        num_tokens, head_dim, index_dim = x.shape[0], self.config.head_dim, self.config.index_head_dim
 
-        def heads(source: Array, proj: nnx.Param, channels: int) -> Array:
-            return linear(source, proj.get_value()).reshape(num_tokens, -1, channels)
+        def heads(product: Array, channels: int) -> Array:
+            return product.reshape(num_tokens, -1, channels)
 
-        q = apply_rope(self.q_norm(heads(x, self.q_proj, head_dim)), rope)
-        k = apply_rope(self.k_norm(heads(x, self.k_proj, head_dim)), rope)
-        v = heads(x, self.v_proj, head_dim)
-        idx_q = idx_k = None
-        if self.sparse:
-            # selection has no gradient, and the index branch learns from its own loss alone (MSA, training)
-            detached, index_dim = jax.lax.stop_gradient(x), self.config.index_head_dim
-            idx_q = apply_rope(self.index_q_norm(heads(detached, self.index_q_proj, index_dim)), rope)
-            idx_k = apply_rope(self.index_k_norm(heads(detached, self.index_k_proj, index_dim)), rope)
-        attended = attend(self.layer_id, q, k, v, idx_q, idx_k)
+        q, k, v, *index = self._project(x)
+        turned = [heads(q, head_dim), heads(k, head_dim), *(heads(x, index_dim) for x in index)]
+        norms = [self.q_norm, self.k_norm, *([self.index_q_norm, self.index_k_norm] if self.sparse else [])]
+        weights = tuple(norm.weight[...] for norm in norms)
+        q, k, *index = norm_rope(tuple(turned), weights, rope.cos, rope.sin, eps=self.config.rms_norm_eps)
+        idx_q, idx_k = index if self.sparse else (None, None)
+        attended = attend(self.layer_id, q, k, heads(v, head_dim), idx_q, idx_k)
         return linear(attended.astype(x.dtype), self.o_proj.get_value())
+
+    def _project(self, x: Float[Array, "T H"]) -> tuple[Float[Array, "T N"], ...]:
+        """q, k, v and on sparse layers the index branch's q and k, before norms."""
+        main = (self.q_proj.get_value(), self.k_proj.get_value(), self.v_proj.get_value())
+        if not self.sparse:
+            return matmul(x, main)
+        index = (self.index_q_proj.get_value(), self.index_k_proj.get_value())
+        if isinstance(main[0], Mxfp8):  # nothing is trained in 8 bits: one launch
+            return matmul(x, main + index)
+        # selection has no gradient, and the index branch learns from its own loss alone (MSA, training)
+        return matmul(x, main) + matmul(jax.lax.stop_gradient(x), index)

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from minimax_kernels.mxfp8 import Mxfp8, dequantize
+from minimax_kernels import Mxfp8, matmul
+
+FEW_ROWS = 256  # up to which a float32 product is bound by reading its weight
 
 
 def linear(x: Float[Array, "T K"], w: Float[Array, "K N"] | Mxfp8, dtype: DTypeLike | None = None) -> Array:
@@ -15,10 +17,25 @@ def linear(x: Float[Array, "T K"], w: Float[Array, "K N"] | Mxfp8, dtype: DTypeL
 
     float32 operands are multiplied exactly: a GPU would round them to TF32 otherwise.
     """
-    matrix = dequantize(w, x.dtype) if isinstance(w, Mxfp8) else w
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    product = jnp.matmul(x, matrix, precision=precision, preferred_element_type=jnp.float32)
-    return product.astype(x.dtype if dtype is None else dtype)
+    return matmul(x, w, dtype=dtype)
+
+
+def linear_float32(x: Float[Array, "T K"], w: Float[Array, "K N"]) -> Float[Array, "T N"]:
+    """x @ w for a float32 weight, as accurate as a float32 product.
+
+    Many bfloat16 rows meet the weight as a sum of three bfloat16 parts, which holds all of its 24 bits: each product is
+    exact, they add up in float32, and matrix units do it several times as fast as float32 arithmetic.
+    """
+    if x.dtype != jnp.bfloat16 or x.shape[0] <= FEW_ROWS:
+        return matmul(x.astype(jnp.float32), w)
+    parts = []
+    for _ in range(3):
+        part = jax.lax.reduce_precision(w, 8, 7)  # a cast to and fro may be optimised away
+        parts.append(part.astype(jnp.bfloat16))
+        w = w - part
+    products = matmul(x, jnp.concatenate(parts, axis=1), dtype=jnp.float32)
+    high, middle, low = jnp.split(products, 3, axis=1)
+    return high + (middle + low)
 
 
 def normal_init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike, std: float = 0.02) -> Array:

@@ -32,12 +32,29 @@ class DecoderLayer(nnx.Module):
             self.mlp = MLP(config, config.dense_intermediate_size, dtype, rngs)
 
     def __call__(
-        self, x: Float[Array, "T H"], rope: RopeTables, attend: Attend, comm: Comm, record: ForwardRecord | None = None
-    ) -> Float[Array, "T H"]:
-        x = x + comm.sum_tensor(self.self_attn(self.input_layernorm(x), rope, attend))
-        normed = self.post_attention_layernorm(x)
+        self,
+        x: Float[Array, "T H"],
+        update: Float[Array, "T H"] | None,
+        rope: RopeTables,
+        attend: Attend,
+        comm: Comm,
+        record: ForwardRecord | None = None,
+    ) -> tuple[Float[Array, "T H"], Float[Array, "T H"]]:
+        """Takes and gives a hidden state as two parts, whose sum it is: the norm that comes next adds them up.
+
+        Args:
+          update: the layer before's; None for the first layer.
+        """
+        if update is None:
+            normed = self.input_layernorm(x)
+        else:
+            x, normed = self.input_layernorm.of_sum(x, update)
+        if record is not None:
+            record.hidden_states.append(x)
+        attended = comm.sum_tensor(self.self_attn(normed, rope, attend))
+        x, normed = self.post_attention_layernorm.of_sum(x, attended)
         update = self.mlp(normed, comm, record) if isinstance(self.mlp, MoE) else self.mlp(normed)
-        return x + comm.sum_mlp(update)
+        return x, comm.sum_mlp(update)
 
 
 class MiniMaxM3(nnx.Module):
@@ -70,10 +87,11 @@ class MiniMaxM3(nnx.Module):
     ) -> Float[Array, "T H"]:
         """All decoder layers; `positions` count from 0 in each request. `record` is filled on the way."""
         rope = rope_tables(positions, self.config.rope_theta, self.config.rotary_dim)
+        update = None
         for layer in self.layers:
-            if record is not None:
-                record.hidden_states.append(hidden)
-            hidden = layer(hidden, rope, attend, comm, record)
+            hidden, update = layer(hidden, update, rope, attend, comm, record)
+        if update is not None:
+            hidden = hidden + update
         if record is not None:
             record.hidden_states.append(hidden)
         return hidden

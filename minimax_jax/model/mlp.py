@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.model.linear import linear, normal_init
+from minimax_kernels import Swiglu
 
 
-def swigluoai(gate_up: Float[Array, "T 2F"], config: MiniMaxM3Config) -> Float[Array, "T F"]:
-    """(up + beta) * gate * sigmoid(alpha * gate), gate clamped above and up on both sides.
-
-    Constants are `swiglu_alpha`, `swiglu_beta` and `swiglu_limit`; the input is [gate | up].
-    """
-    limit = config.swiglu_limit
-    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
-    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-    return ((up + config.swiglu_beta) * gate * jax.nn.sigmoid(config.swiglu_alpha * gate)).astype(gate_up.dtype)
+def swiglu(config: MiniMaxM3Config) -> Swiglu:
+    """The activation with the config's constants."""
+    return Swiglu(config.swiglu_alpha, config.swiglu_beta, config.swiglu_limit)
 
 
 class MLP(nnx.Module):
@@ -33,5 +26,5 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
         """The result is this rank's part of the sum over tensor ranks."""
-        gated = swigluoai(linear(x, self.gate_up_proj.get_value()), self.config)
+        gated = swiglu(self.config).halves(linear(x, self.gate_up_proj.get_value()))
         return linear(gated, self.down_proj.get_value())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -10,10 +9,10 @@ from jaxtyping import Array, Float, Int
 
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.model.comm import Comm
-from minimax_jax.model.linear import linear, normal_init
-from minimax_jax.model.mlp import MLP, swigluoai
+from minimax_jax.model.linear import linear_float32, normal_init
+from minimax_jax.model.mlp import MLP, swiglu
 from minimax_jax.model.record import ForwardRecord
-from minimax_kernels import grouped_matmul
+from minimax_kernels import choose_experts, routed_experts
 
 
 class Router(nnx.Module):
@@ -27,7 +26,7 @@ class Router(nnx.Module):
 
     def logits(self, x: Float[Array, "T H"]) -> Float[Array, "T E"]:
         """Each token's logits for all experts."""
-        return linear(x.astype(jnp.float32), self.weight[...])
+        return linear_float32(x, self.weight[...])
 
     def __call__(self, x: Float[Array, "T H"]) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
         """Expert ids and their weights: sigmoid scores, renormalised, times `routed_scaling_factor`.
@@ -38,11 +37,10 @@ class Router(nnx.Module):
 
     def choose(self, logits: Float[Array, "T E"]) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
         """The same from logits."""
-        scores = jax.nn.sigmoid(logits)
-        _, expert_ids = jax.lax.top_k(scores + self.e_score_correction_bias[...], self.config.num_experts_per_tok)
-        chosen = jnp.take_along_axis(scores, expert_ids, axis=-1)
-        weights = chosen / chosen.sum(axis=-1, keepdims=True) * self.config.routed_scaling_factor
-        return expert_ids, weights
+        return choose_experts(
+            logits, self.e_score_correction_bias[...], num_chosen=self.config.num_experts_per_tok,
+            scale=self.config.routed_scaling_factor,
+        )  # fmt: skip
 
 
 class Experts(nnx.Module):
@@ -61,16 +59,10 @@ class Experts(nnx.Module):
 
         Ids from the number of experts on stand for experts elsewhere and add nothing.
         """
-        num_tokens, per_token = expert_ids.shape
-        gate_up_proj = self.gate_up_proj.get_value()
-        flat_ids = expert_ids.reshape(-1)
-        order = jnp.argsort(flat_ids, stable=True)
-        group_sizes = jnp.zeros((gate_up_proj.shape[0],), jnp.int32).at[flat_ids].add(1, mode="drop")
-        gate_up = grouped_matmul(x[order // per_token], gate_up_proj, group_sizes)
-        rows = grouped_matmul(swigluoai(gate_up, self.config), self.down_proj.get_value(), group_sizes)
-        place = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=order.dtype))
-        outputs = rows[place].reshape(num_tokens, per_token, -1).astype(jnp.float32)
-        return (outputs * weights[..., None]).sum(axis=1).astype(x.dtype)
+        return routed_experts(
+            x, expert_ids, weights, self.gate_up_proj.get_value(), self.down_proj.get_value(),
+            activation=swiglu(self.config), num_experts=self.config.num_local_experts,
+        )  # fmt: skip
 
 
 class MoE(nnx.Module):

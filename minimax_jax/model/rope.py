@@ -1,4 +1,4 @@
-"""Rotary position embedding on the first channels of each head (NeoX split halves)."""
+"""Angles of the rotary position embedding; `minimax_kernels.norm_rope` turns heads by them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,3 @@ def rope_tables(positions: Int[Array, "T"], theta: float, rotary_dim: int) -> Ro
     powers = np.power(float(theta), np.arange(0, rotary_dim, 2) / rotary_dim).astype(np.float32)
     angles = positions.astype(jnp.float32)[:, None] * (np.float32(1) / powers)
     return RopeTables(jnp.cos(angles), jnp.sin(angles))
-
-
-def apply_rope(x: Float[Array, "T H D"], tables: RopeTables) -> Float[Array, "T H D"]:
-    """Rotates channel i against channel i + rotary_dim / 2; channels past rotary_dim pass through."""
-    half = tables.cos.shape[-1]
-    cos, sin = tables.cos[:, None], tables.sin[:, None]
-    low, high = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
-    rotated = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
-    return jnp.concatenate([rotated, x[..., 2 * half :]], axis=-1)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+from collections.abc import Mapping
 
 import numpy as np
 from jax.sharding import PartitionSpec
 
 from minimax_jax.config import MiniMaxM3Config
-from minimax_jax.parallel.config import AXES, EXPERTS, HEADS, REQUESTS, TOKENS, WIDTH, ParallelConfig
+from minimax_jax.parallel.config import AXES, EXPERTS, HEADS, REQUESTS, TOKENS, WIDTH, ParallelConfig, ParallelError
+from minimax_jax.tensor_table import MXFP8_BLOCK
 
 Range = tuple[int, int]
 
@@ -149,6 +151,26 @@ class Layout:
         for split in splits:
             found[split.axis] = self._ranges(split, shape[split.axis], self.place(split.over, rank))
         return tuple(found)
+
+    def check_blocks(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Whether MXFP8 weights can be split so: inputs that share a scale must stay together.
+
+        Args:
+          shapes: of the weights in the whole model, [..., in, out], by name.
+
+        Raises:
+          ParallelError: if a rank's inputs are no multiple of 32; lists everything.
+        """
+        found = []
+        for name, shape in shapes.items():
+            inputs = self.local_shape(shape, self.splits(name))[-2]
+            if inputs % MXFP8_BLOCK:
+                found.append(f"{name}: {inputs} inputs a rank: must be a multiple of {MXFP8_BLOCK}")
+        if found:
+            raise ParallelError(
+                "MXFP8 weights cannot be spread so (quantization = 'none' multiplies them out):\n  "
+                + "\n  ".join(found)
+            )
 
     def take(self, array: np.ndarray, splits: tuple[Split, ...], rank: int) -> np.ndarray:
         """A rank's part of a whole tensor."""

@@ -17,6 +17,7 @@ from minimax_jax.parallel.config import AXES, HEADS, REQUESTS, TOKENS, ParallelC
 from minimax_jax.parallel.index_split import IndexSplit
 from minimax_jax.parallel.layout import KV_CACHE, Layout, Range, boxes, part_shape
 from minimax_jax.parallel.mesh import make_mesh
+from minimax_kernels import Mxfp8
 
 
 class Ranks:
@@ -57,7 +58,7 @@ class Ranks:
         return self.layout.global_shape(shape, self.layout.splits(name))
 
     def weight_specs(self, names: Sequence[str]) -> list[PartitionSpec]:
-        """How weights are sharded, for `per_rank`."""
+        """How weights are sharded, for `per_rank`; scales as their values."""
         return [self.layout.spec(self.layout.splits(name)) for name in names]
 
     @property
@@ -107,14 +108,24 @@ class Ranks:
             jax.block_until_ready(shards)  # so that the host's copy is gone before the next one comes
         return jax.make_array_from_single_device_arrays(self.global_shape(name, shape), sharding, shards)
 
-    def put(self, name: str, whole: np.ndarray | jax.Array) -> jax.Array:
-        """The global array of a weight that lies on the host, or on one device."""
-        host = np.asarray(whole)
-        return self.assemble(name, host.shape, lambda ranges: host[tuple(slice(*part) for part in ranges)])
+    def put(self, name: str, whole: Any) -> Any:
+        """The global array of a weight that lies on the host, or on one device; of an `Mxfp8` both arrays.
 
-    def whole(self, name: str, array: jax.Array) -> np.ndarray:
-        """The whole weight on the host."""
-        return self.layout.whole(np.asarray(array), self.layout.splits(name))
+        Raises:
+          ParallelError: if ranks would share a block of inputs with one scale.
+        """
+        if isinstance(whole, Mxfp8):
+            self.layout.check_blocks({name: whole.shape})
+
+        def spread(array: np.ndarray | jax.Array) -> jax.Array:
+            host = np.asarray(array)
+            return self.assemble(name, host.shape, lambda ranges: host[tuple(slice(*part) for part in ranges)])
+
+        return jax.tree.map(spread, whole)
+
+    def whole(self, name: str, weight: Any) -> Any:
+        """The whole weight on the host; of an `Mxfp8` both arrays."""
+        return jax.tree.map(lambda array: self.layout.whole(np.asarray(array), self.layout.splits(name)), weight)
 
     def place(self, values: Any, specs: Any) -> Any:
         """What a step takes, from arrays that every process has, on the devices; one spec a leaf."""

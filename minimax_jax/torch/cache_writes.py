@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from minimax_jax.torch.tensors import FLOATS, INTEGERS, check_operand
+from minimax_jax.torch.tensors import CACHES, FLOATS, INTEGERS, check_operand
 from minimax_kernels import checks
 
 
@@ -25,7 +25,7 @@ def write_kv(
 
     Args:
       k_cache, v_cache: pages of B tokens.
-      k, v: new keys and values; cast to the caches' type.
+      k, v: new keys and values; rounded to the caches' type as `minimax_kernels.write_kv` rounds.
       slots: page * B + offset of each token; one that is outside the pages, such as -1, is skipped.
 
     Returns:
@@ -43,7 +43,7 @@ def write_kv(
     checks.check_extent("k", "Hkv", k.shape[1], k_cache.shape[1], "in k_cache")
     checks.check_extent("k", "D", k.shape[2], k_cache.shape[3], "in k_cache")
     for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
-        check_operand(name, tensor, FLOATS, k_cache.device)
+        check_operand(name, tensor, CACHES if name.endswith("_cache") else FLOATS, k_cache.device)
     _check_slots(slots, k, "k")
     _write(k_cache, k, slots)
     _write(v_cache, v, slots)
@@ -61,8 +61,8 @@ def write_index(
         idx_k = idx_k[:, 0]
     checks.check_rank("idx_k", idx_k, "[T, D]")
     checks.check_extent("idx_k", "D", idx_k.shape[1], index_cache.shape[2], "in index_cache")
-    for name, tensor in (("index_cache", index_cache), ("idx_k", idx_k)):
-        check_operand(name, tensor, FLOATS, index_cache.device)
+    check_operand("index_cache", index_cache, CACHES)
+    check_operand("idx_k", idx_k, FLOATS, index_cache.device)
     _check_slots(slots, idx_k, "idx_k")
     _write(index_cache[:, None], idx_k[:, None], slots)
     return index_cache
@@ -82,6 +82,9 @@ def _write(cache: Float[Tensor, "P H B D"], rows: Float[Tensor, "T H D"], slots:
     kept = (slots >= 0) & (slots < num_pages * block_size)
     one = kept.to(torch.int32).argmax(keepdim=True)
     slot = torch.where(kept.any(), slots.index_select(0, one), 0)
+    if cache.dtype == torch.float8_e4m3fn:
+        most = torch.finfo(cache.dtype).max
+        rows = rows.clamp(-most, most)  # NaN stays NaN
     rows = rows.to(cache.dtype)
     row = torch.where(kept.any(), rows.index_select(0, one), cache[:1, :, 0])
     slots = torch.where(kept, slots, slot).to(torch.int64)

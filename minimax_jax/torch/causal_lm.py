@@ -32,7 +32,10 @@ class MiniMaxM3ForCausalLM(causal_lm.MiniMaxM3ForCausalLM):
         return torch.device(self._device.platform)
 
     def _given_out(self, array: Any) -> Any:
-        return to_torch(jnp.asarray(array)).clone()
+        given = jnp.asarray(array)
+        if given.dtype == jnp.float8_e4m3fn:  # which DLPack has no name for everywhere
+            return to_torch(jax.lax.bitcast_convert_type(given, jnp.uint8)).clone().view(torch.float8_e4m3fn)
+        return to_torch(given).clone()
 
     def _result(self, given: Any, array: jax.Array) -> Any:
         first = given[0] if isinstance(given, (list, tuple)) and given else given

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import minimax_kernels
-from minimax_jax.torch.tensors import FLOATS, INTEGERS, check_operand, is_aligned, to_jax, to_torch
+from minimax_jax.torch.tensors import CACHES, FLOATS, INTEGERS, check_operand, is_aligned, to_jax, to_torch
 from minimax_kernels import Batch, checks
 
 _OPTIONS = ("scale", "topk", "init_blocks", "local_blocks", "impl")
@@ -138,8 +138,9 @@ def _operands(tensors: dict[str, Tensor], batch: Batch) -> list[Tensor]:
     device = first.device if isinstance(first, Tensor) else None
     operands: list[Tensor] = []
     for name, tensor in tensors.items():
-        check_operand(name, tensor, INTEGERS if name == "selected" else FLOATS, device)
-        if name.endswith("_cache") and not tensor.is_contiguous():
+        is_cache = name.endswith("_cache")
+        check_operand(name, tensor, INTEGERS if name == "selected" else CACHES if is_cache else FLOATS, device)
+        if is_cache and not tensor.is_contiguous():
             raise ValueError(f"{name} is not contiguous: must be, as its pages are read where they lie")
         operands.append(_plain(tensor))
     for name in _BATCH:

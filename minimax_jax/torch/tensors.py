@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+CACHES = (*FLOATS, torch.float8_e4m3fn)
 INTEGERS = (torch.int32, torch.int64)
 # Bytes that addresses must be multiples of: on a CPU XLA copies what is not, on CUDA its kernels take it for granted.
 _ALIGNMENT = {"cpu": 64, "cuda": 16}
@@ -36,13 +37,14 @@ def to_jax(tensor: Tensor, name: str = "tensor") -> jax.Array:
     The array must not outlive the next write to the tensor: JAX takes arrays to be constant.
 
     Args:
-      tensor: contiguous, aligned, float32, bfloat16, float16, int32 or bool, or int64, which is copied to int32.
+      tensor: contiguous, aligned, float32, bfloat16, float16, float8_e4m3fn, int32 or bool, or int64, which is copied
+        to int32.
       name: for messages.
 
     Raises:
       ValueError: for what has no array without a copy: another type, layout or device.
     """
-    check_operand(name, tensor, (*FLOATS, *INTEGERS, torch.bool))
+    check_operand(name, tensor, (*CACHES, *INTEGERS, torch.bool))
     if not tensor.is_contiguous():
         raise ValueError(f"{name} is not contiguous (strides {tensor.stride()}): must be; .contiguous() makes a copy")
     _check_device(name, tensor)

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import case_data, floors, measure, summary, timing
 from benchmarks.cases import BLOCK, DECODE_OPS, HEADS, PREFILL_OPS, TOPK, Case, baseline, decode_cases, prefill_cases
-from benchmarks.floors import Ceilings
+from minimax_jax.rank_slice.ceilings import Ceilings
 
 CASE = Case("prefill", "x", 3, (130, 1, 70), (5 * BLOCK, 0, 20 * BLOCK - 3))
 CEILINGS = Ceilings(3.0e12, 790e12)
@@ -32,6 +32,9 @@ def test_floors_of_decode_are_bytes_over_bandwidth():
     found = [1e6 * floors.floor_seconds("attention", case, HEADS[tp], CEILINGS) for tp in HEADS]
     assert found == pytest.approx([90.2, 22.5], abs=0.1)
     assert 1e6 * floors.floor_seconds("score", case, HEADS[1], CEILINGS) == pytest.approx(179, abs=0.5)
+    assert 1e6 * floors.floor_seconds("score", case, HEADS[1], CEILINGS, cached=1) == pytest.approx(179 / 2, abs=0.3)
+    # queries and results stay as they are
+    assert 1e6 * floors.floor_seconds("attention", case, HEADS[1], CEILINGS, cached=1) == pytest.approx(45.4, abs=0.2)
 
 
 def test_every_case_has_its_baseline():
@@ -104,6 +107,25 @@ def test_rounds_repeat_all_calls():
     assert [float(x[0]) for x in alone(sets)] == pytest.approx([np.sin(2.0), np.sin(4.0)])
     assert timing.calls_and_rounds(500e-6, 40) == (2, 1)
     assert timing.calls_and_rounds(10e-6, 20) == (20, 20)
+
+
+def test_caches_of_8_bits_are_compared_case_by_case():
+    """Every case twice in a row, selection once; only cases with both times count."""
+    types = ("bfloat16", "float8_e4m3fn")
+    jobs = measure.select_jobs(["prefill"], [1], [0.0], max_cases=2, cache_dtypes=types)
+    assert [job.cache_dtype for job in jobs] == [*types, *types] and jobs[0].case == jobs[1].case
+    assert ["select" in job.ops for job in jobs] == [True, False, True, False]
+    row = measure.Row(
+        "decode", "chain", "a", "a", weight=1, batch=64, tokens=64, longest=900, tp=8, rho=None, us=10.0, floor_us=9.0
+    )  # fmt: skip
+    narrow = dataclasses.replace(row, us=4.0, floor_us=3.0, cache_dtype="float8_e4m3fn")
+    alone = dataclasses.replace(row, case="b", us=100.0)
+    assert {mean.group for mean in summary.means([narrow])} == {
+        f"decode tp8{kind}, fp8" for kind in ("", " batch>=32", " batch 64")
+    }
+    faster = summary.speedups([row, narrow, alone])
+    assert [(f["cases"], f["speedup"], f["fp8_floor_share"]) for f in faster] == [(1, 2.5, 0.75)] * 3
+    assert "2.50" in summary.speedup_table(faster)
 
 
 def test_means_and_verdicts():

@@ -14,8 +14,8 @@ from benchmarks.multi_gpu.collective_share import collective_share
 from benchmarks.multi_gpu.full_width import TINY, FullWidth
 from benchmarks.multi_gpu.mesh_model import Case
 from benchmarks.multi_gpu.weights import layers_and_pages, model_config, rank_weight_bytes
-from benchmarks.segments.trace import Launch
 from minimax_jax.parallel import ParallelConfig
+from minimax_jax.rank_slice.trace import Launch
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "bench_multi_gpu.py"
@@ -54,12 +54,12 @@ def test_requests_and_tokens_are_dealt_to_data_ranks():
 
 def test_collectives_share_of_a_step():
     launches = [
-        Launch("gemm", "s", 0, 10, "a"),
-        Launch("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", "s", 5, 15, "a"),
-        Launch("fusion", "s", 20, 20, "a"),
-        Launch("gemm", "s", 2, 10, "b"),
-        Launch("all-gather.3", "t", 12, 5, "b"),
-        Launch("fusion", "s", 20, 22, "b"),
+        Launch("gemm", "s", 0, 10, device="a"),
+        Launch("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", "s", 5, 15, device="a"),
+        Launch("fusion", "s", 20, 20, device="a"),
+        Launch("gemm", "s", 2, 10, device="b"),
+        Launch("all-gather.3", "t", 12, 5, device="b"),
+        Launch("fusion", "s", 20, 22, device="b"),
     ]
     share = collective_share(launches)
     assert (share["span_us"], share["busy_us"], share["collective_us"], share["least_us"]) == (40, 38.5, 10, 5)

@@ -2,7 +2,7 @@
 
 from benchmarks.segments.report import summary
 from benchmarks.segments.timeline import timeline_svg
-from benchmarks.segments.trace import overlap, read_launches
+from minimax_jax.rank_slice.trace import overlap, read_launches
 
 EVENTS = [
     {"ph": "M", "pid": 1, "name": "process_name", "args": {"name": "/device:GPU:0"}},

@@ -219,6 +219,8 @@ def test_the_released_checkpoints_at_full_size(tmp_path: Path, config: MiniMaxM3
             file.truncate(8 + len(text) + end)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with plan_load(tmp_path, config) as plan:
+        assert (440e9 < plan.num_bytes < 444e9) == config.is_mxfp8  # in 8 bits, without the vision tower
+    with plan_load(tmp_path, config, quantization="none") as plan:
         assert plan.style.name == "vendor"
         assert 840e9 < plan.num_bytes < 855e9  # bfloat16, without the vision tower
         expert = plan.read("layers.59.mlp.experts.gate_up_proj", ((127, 128), (6080, 6144), (3000, 3100)))

@@ -82,7 +82,7 @@ def test_a_whole_checkpoint_in_the_vendor_layout(tmp_path: Path, dtype: np.dtype
     expected = cast_state(vendor_state(config, tensors), dtype)
     stored = {name: v.view(scale_dtype) if name.endswith("_scale_inv") else v for name, v in tensors.items()}
     write_checkpoint(tmp_path, stored)
-    assert_same_state(load_state(tmp_path, config, dtype.name, progress=False), expected)
+    assert_same_state(load_state(tmp_path, config, dtype.name, quantization="none", progress=False), expected)
 
 
 def test_weights_left_in_bf16_load_beside_quantised_ones(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_weights_left_in_bf16_load_beside_quantised_ones(tmp_path: Path) -> None
     del tensors[name + "_scale_inv"]
     write_checkpoint(tmp_path, tensors)
     expected = cast_state(vendor_state(config, tensors), BF16)
-    assert_same_state(load_state(tmp_path, config, progress=False), expected)
+    assert_same_state(load_state(tmp_path, config, quantization="none", progress=False), expected)
 
 
 def test_problems_with_scales_are_listed_together(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_an_interrupted_write_changes_nothing(
     first = random_state(config, seed=1)
     if existing:
         save_state(first, config, target)
-    write, written = save_module._write_shard, []
+    write, written = save_module.write_shard, []
 
     def failing_write(arrays: dict, path: Path) -> None:
         if len(written) == 3:
@@ -182,7 +182,7 @@ def test_an_interrupted_write_changes_nothing(
         written.append(path)
         write(arrays, path)
 
-    monkeypatch.setattr(save_module, "_write_shard", failing_write)
+    monkeypatch.setattr(save_module, "write_shard", failing_write)
     with pytest.raises(error):
         save_state(random_state(config, seed=2), config, target, max_shard_bytes=20_000)
     assert len(written) == 3

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import numpy_ops
 from numpy_ops import Sample, Shape
@@ -22,6 +24,36 @@ SENTINEL = 777.0
 def jitted(op: str, **options: Any):
     """The operation with static options."""
     return jax.jit(functools.partial(getattr(mk, op), **options))
+
+
+def fixed_sample(shape: Shape) -> Sample:
+    """Without hypothesis: one request of all rows behind a prefix, plus NaN everywhere else."""
+    random = np.random.default_rng(5)
+    length = shape.N * shape.B - 3
+    cache = (shape.P, shape.Hkv, shape.B, shape.D)
+    owned = np.zeros((shape.P, shape.B), bool)
+    owned[: shape.N] = np.arange(shape.N * shape.B).reshape(shape.N, shape.B) < length
+
+    def values(*size: int) -> np.ndarray:
+        return random.standard_normal(size).astype(np.float32)
+
+    return Sample(
+        shape=shape,
+        tables=np.arange(shape.N)[None],
+        starts=np.array([0, shape.T]),
+        kv_lens=np.array([length]),
+        q=values(shape.T, shape.Hq, shape.D),
+        k_cache=np.where(owned[:, None, :, None], values(*cache), np.nan),
+        v_cache=np.where(owned[:, None, :, None], values(*cache), np.nan),
+        idx_q=values(shape.T, shape.Hi, shape.D),
+        index_cache=np.where(owned[..., None], values(shape.P, shape.B, shape.D), np.nan),
+    )
+
+
+def with_fp8_caches(s: Sample) -> Sample:
+    """The sample with caches of e4m3, which `numpy_ops` reads as the numbers that they hold."""
+    caches = ("k_cache", "v_cache", "index_cache")
+    return dataclasses.replace(s, **{name: getattr(s, name).astype(ml_dtypes.float8_e4m3fn) for name in caches})
 
 
 def options_of(shape: Shape) -> dict[str, int]:

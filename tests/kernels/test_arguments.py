@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import minimax_kernels as mk
+from minimax_kernels.cache_types import FP8
 from minimax_kernels.implementation import dispatch
 
 BATCH = mk.Batch(jnp.zeros((2, 3), jnp.int32), jnp.array([0, 2, 5]), jnp.array([20, 48]))
@@ -23,6 +24,13 @@ ARGS = {
     "index_score": {"idx_q": jnp.zeros((5, 2, 8)), "index_cache": jnp.zeros((6, 16, 8)), "batch": BATCH},
     "select_blocks": {"scores": jnp.zeros((2, 5, 3)), "batch": BATCH, "topk": 2},
     "grouped_matmul": {"x": jnp.zeros((5, 32)), "w": jnp.zeros((3, 32, 4)), "group_sizes": jnp.array([1, 2, 0])},
+    "add_norm": {"x": jnp.zeros((5, 32)), "update": jnp.zeros((5, 32)), "weight": jnp.zeros(32), "eps": 1e-6},
+    "choose_experts": {"logits": jnp.zeros((5, 8)), "bias": jnp.zeros(8), "num_chosen": 2},
+    "matmul": {"x": jnp.zeros((5, 32)), "w": jnp.zeros((32, 4))},
+    "routed_experts": {
+        "x": jnp.zeros((5, 32)), "expert_ids": jnp.zeros((5, 2), jnp.int32), "weights": jnp.zeros((5, 2)),
+        "gate_up": jnp.zeros((3, 32, 8)), "down": jnp.zeros((3, 4, 32)), "activation": mk.Swiglu(1.7, 1.0, 7.0),
+    },
     "write_index": {
         "index_cache": jnp.zeros((6, 16, 8)), "idx_k": jnp.zeros((5, 8)), "slots": jnp.arange(5, dtype=jnp.int32),
     },
@@ -31,10 +39,16 @@ ARGS = {
         "v": jnp.zeros((5, 2, 8)), "slots": jnp.arange(5, dtype=jnp.int32),
     },
 }  # fmt: skip
+ARGS["write_kv_index"] = ARGS["write_kv"] | ARGS["write_index"]
 ARGS["sparse_attention"] = ARGS["dense_attention"] | {"selected": jnp.zeros((2, 5, 1), jnp.int32)}
 ARGS["msa"] = ARGS["dense_attention"] | {
     "idx_q": jnp.zeros((5, 2, 8)), "index_cache": jnp.zeros((6, 16, 8)), "topk": 2
 }  # fmt: skip
+
+
+def quantised(*shape, scale_rows=None):
+    scales = (*shape[:-2], scale_rows or shape[-2] // 32, shape[-1])
+    return mk.Mxfp8(jnp.zeros(shape, jnp.float8_e4m3fn), jnp.full(scales, 127, jnp.uint8))
 
 
 def batch_with(**changes):
@@ -48,6 +62,9 @@ _ATTENTION_ERRORS = [
     ({"q": jnp.zeros((5, 3, 8))}, "q's Hq = 3: must be a multiple of k_cache's Hkv = 2"),
     ({"k_cache": jnp.zeros((6, 16, 8))}, r"k_cache has shape \(6, 16, 8\): must be \[P, Hkv, B, D\]"),
     ({"v_cache": jnp.zeros((5, 2, 16, 8))}, r"v_cache has shape \(5, 2, 16, 8\): must be \(6, 2, 16, 8\)"),
+    ({"k_cache": jnp.zeros((6, 2, 16, 8), jnp.int8)}, "k_cache is int8: must be one of .*float8_e4m3fn"),
+    ({"v_cache": jnp.zeros((6, 2, 16, 8), FP8)}, "v_cache is float8_e4m3fn: must be float32, as k_cache"),
+    ({"q": jnp.zeros((5, 4, 8), FP8)}, "q is float8_e4m3fn: must be one of float32, bfloat16, float16"),
     ({"out": jnp.zeros((4, 4, 8))}, r"out has shape \(4, 4, 8\): must be \(5, 4, 8\), as q"),
     ({"out": jnp.zeros((5, 4, 8), jnp.int32)}, "out is int32: must be one of"),
 ]
@@ -76,6 +93,10 @@ _INDEX_ERRORS = [
     ({"idx_q": jnp.zeros((5, 2, 8), jnp.int8)}, "idx_q is int8: must be one of"),
     ({"idx_q": jnp.zeros((5, 2, 4))}, "idx_q has Di? = 4: must be 8, as in index_cache"),
     ({"index_cache": jnp.zeros((6, 2, 16, 8))}, r"index_cache has shape \(6, 2, 16, 8\): must be \[P, B, D"),
+    (
+        {"index_cache": jnp.zeros((6, 16, 8), "float8_e5m2")},
+        "index_cache is float8_e5m2: must be one of .*e4m3fn",
+    ),
 ]
 ERRORS = {
     "dense_attention": _ATTENTION_ERRORS + _BATCH_ERRORS,
@@ -111,8 +132,43 @@ ERRORS = {
         ({"group_sizes": jnp.zeros((3, 1), jnp.int32)}, r"group_sizes has shape \(3, 1\): must be \[E\]"),
         ({"group_sizes": jnp.zeros(2, jnp.int32)}, "group_sizes has E = 2: must be 3, as in w"),
     ],
+    "add_norm": [
+        ({"x": jnp.zeros((5, 1, 32))}, r"x has shape \(5, 1, 32\): must be \[T, H\]"),
+        ({"update": jnp.zeros((4, 32))}, r"update is float32 of shape \(4, 32\): must be float32 of \(5, 32\), as x"),
+        ({"update": jnp.zeros((5, 32), jnp.bfloat16)}, "update is bfloat16 of shape"),
+        ({"weight": jnp.zeros(16)}, "weight has H = 16: must be 32, as in x"),
+    ],
+    "choose_experts": [
+        ({"logits": jnp.zeros((5, 8), jnp.bfloat16)}, "logits is bfloat16: must be float32"),
+        ({"bias": jnp.zeros(4)}, "bias has E = 4: must be 8, as in logits"),
+        ({"num_chosen": 0}, "num_chosen = 0: must be an integer >= 1"),
+        ({"num_chosen": 9}, "num_chosen = 9: must be at most logits' E = 8"),
+    ],
+    "matmul": [
+        ({"x": jnp.zeros((5, 1, 32))}, r"x has shape \(5, 1, 32\): must be \[T, K\]"),
+        ({"x": jnp.zeros((5, 32), jnp.int32)}, "x is int32: must be one of"),
+        ({"w": jnp.zeros((3, 32, 4))}, r"w has shape \(3, 32, 4\): must be \[K, N\]"),
+        ({"w": jnp.zeros((32, 4), jnp.int8)}, "w is int8: must be one of"),
+        ({"w": (jnp.zeros((32, 4)), jnp.zeros((16, 4)))}, r"x has K = 32: must be 16, as in w\[1\]"),
+        ({"w": ()}, r"w = \(\): must be a weight or at least one of them"),
+        ({"w": mk.Mxfp8(jnp.zeros((32, 4)), jnp.zeros((1, 4)))}, "w is Mxfp8 of float32 and float32: must be float8"),
+        ({"w": quantised(32, 4, scale_rows=2)}, r"w has scales \(2, 4\) for values \(32, 4\): must be"),
+    ],
+    "routed_experts": [
+        ({"x": jnp.zeros((5, 1, 32))}, r"x has shape \(5, 1, 32\): must be \[T, H\]"),
+        ({"expert_ids": jnp.zeros((5, 2))}, "expert_ids is float32: must be an integer type"),
+        ({"expert_ids": jnp.zeros((4, 2), jnp.int32)}, "expert_ids has T = 4: must be 5, as in x"),
+        ({"weights": jnp.zeros((5, 3))}, r"weights is float32 of shape \(5, 3\): must be floating, of expert_ids'"),
+        ({"gate_up": jnp.zeros((3, 16, 8))}, "gate_up has H = 16: must be 32, as in x"),
+        ({"gate_up": jnp.zeros((3, 32, 7))}, "gate_up's last axis = 7: must be a multiple of the number of halves"),
+        ({"down": jnp.zeros((2, 4, 32))}, "down has E = 2: must be 3, as in gate_up"),
+        ({"down": jnp.zeros((3, 8, 32))}, "down has F = 8: must be 4, as half of gate_up's last axis"),
+        ({"down": jnp.zeros((3, 4, 16))}, "down has H = 16: must be 32, as in x"),
+    ],
     "write_kv": [
         ({"k_cache": jnp.zeros((6, 16, 8))}, "k_cache has shape"),
+        ({"k_cache": jnp.zeros((6, 2, 16, 8), jnp.int8)}, "k_cache is int8: must be one of .*float8_e4m3fn"),
+        ({"v_cache": jnp.zeros((6, 2, 16, 8), FP8)}, "v_cache is float8_e4m3fn: must be float32, as k_cache"),
         ({"v_cache": jnp.zeros((6, 2, 16, 4))}, r"v_cache has shape \(6, 2, 16, 4\): must be \(6, 2, 16, 8\)"),
         ({"k": jnp.zeros((5, 16))}, r"k has shape \(5, 16\): must be \[T, Hkv, D\]"),
         ({"v": jnp.zeros((5, 2, 4))}, r"v has shape \(5, 2, 4\): must be \(5, 2, 8\), as k"),
@@ -124,12 +180,17 @@ ERRORS = {
     ],
     "write_index": [
         ({"index_cache": jnp.zeros((6, 8))}, r"index_cache has shape \(6, 8\): must be \[P, B, D\]"),
+        ({"index_cache": jnp.zeros((6, 16, 8), jnp.int8)}, "index_cache is int8: must be one of .*float8_e4m3fn"),
         ({"idx_k": jnp.zeros((5, 2, 8))}, r"idx_k has shape \(5, 2, 8\): must be \[T, D\]"),
         ({"idx_k": jnp.zeros((5, 4))}, "idx_k has D = 4: must be 8, as in index_cache"),
         ({"slots": jnp.zeros(5)}, "slots is float32: must be an integer type"),
         ({"slots": jnp.zeros(4, jnp.int32)}, "slots has T = 4: must be 5, as in idx_k"),
     ],
 }  # fmt: skip
+ERRORS["write_kv_index"] = ERRORS["write_kv"] + ERRORS["write_index"][:-2]
+ERRORS["write_kv_index"].append(
+    ({"index_cache": jnp.zeros((6, 32, 8))}, "index_cache has B = 32: must be 16, as in k_")
+)
 
 
 @pytest.mark.parametrize("op", ARGS)

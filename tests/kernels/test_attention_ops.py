@@ -17,7 +17,10 @@ from op_checks import (
     check_msa,
     check_select_blocks,
     check_sparse_attention,
+    fixed_sample,
     jitted,
+    options_of,
+    with_fp8_caches,
 )
 
 import minimax_kernels as mk
@@ -95,6 +98,21 @@ def test_bfloat16(s):
     wide = jitted("dense_attention", scale=SCALE)(*narrow, s.batch, out=jnp.zeros(q.shape, jnp.float32))
     assert wide.dtype == jnp.float32
     np.testing.assert_allclose(wide, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fp8_caches(dtype):
+    """Caches of e4m3 give what their numbers give in the queries' own type: reading them rounds nothing."""
+    s = with_fp8_caches(fixed_sample(SHAPES["one request"]))
+    q, idx_q = (jnp.asarray(x, dtype) for x in (s.q, s.idx_q))
+    caches = [jnp.asarray(x) for x in (s.k_cache, s.v_cache, s.index_cache)]
+    wide = [x.astype(dtype) for x in caches]
+    run = jitted("msa", scale=SCALE, impl="reference", **options_of(s.shape))
+    results = [np.asarray(run(q, k, v, idx_q, index, s.batch), np.float32) for k, v, index in (caches, wide)]
+    np.testing.assert_array_equal(*results)
+    if dtype == "float32":
+        check_msa(s)
+        check_dense_attention(s)
 
 
 def test_forced_blocks_count_inside_topk():

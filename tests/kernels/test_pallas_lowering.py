@@ -27,10 +27,14 @@ class Variant(NamedTuple):
     topk: int = 16
     dtype: str = "bfloat16"
     pages: int = 1000
+    cache_dtype: str = ""  # dtype's
 
     def __str__(self) -> str:
-        heads = f"{self.q_heads}_{self.kv_heads}_{self.index_heads}"
-        return f"{heads}-D{self.head_dim}-B{self.block}-{self.dtype}-top{self.topk}-P{self.pages}"
+        heads, caches = (
+            f"{self.q_heads}_{self.kv_heads}_{self.index_heads}",
+            f"-{self.cache_dtype}" * bool(self.cache_dtype),
+        )
+        return f"{heads}-D{self.head_dim}-B{self.block}-{self.dtype}-top{self.topk}-P{self.pages}{caches}"
 
 
 VARIANTS = [
@@ -49,6 +53,8 @@ VARIANTS = [
     Variant(8, 1, 1, topk=32),
     Variant(pages=20_000),  # K and V of 2.6 GB each
     Variant(pages=40_000),  # 5.2 GB
+    Variant(cache_dtype="float8_e4m3fn"),
+    Variant(8, 1, 1, head_dim=64, block=64, dtype="float16", cache_dtype="float8_e4m3fn"),
 ]
 BATCHES = {  # tokens, requests, blocks a request
     "prefill": (2048, 3, 400),
@@ -83,14 +89,15 @@ def lowered(op: str, *args, donate=(), **options) -> str:
 def operands(v: Variant, batch: str):
     """(q, k_cache, v_cache, idx_q, index_cache, batch, scores, selected), as shapes."""
     tokens, requests, blocks = BATCHES[batch]
-    cache = SHAPE((v.pages, v.kv_heads, v.block, v.head_dim), v.dtype)
+    cache_dtype = v.cache_dtype or v.dtype
+    cache = SHAPE((v.pages, v.kv_heads, v.block, v.head_dim), cache_dtype)
     i32 = jnp.int32
     return (
         SHAPE((tokens, v.q_heads, v.head_dim), v.dtype),
         cache,
         cache,
         SHAPE((tokens, v.index_heads, v.head_dim), v.dtype),
-        SHAPE((v.pages, v.block, v.head_dim), v.dtype),
+        SHAPE((v.pages, v.block, v.head_dim), cache_dtype),
         mk.Batch(SHAPE((requests, blocks), i32), SHAPE((requests + 1,), i32), SHAPE((requests,), i32)),
         SHAPE((v.index_heads, tokens, blocks), jnp.float32),
         SHAPE((max(v.kv_heads, v.index_heads), tokens, v.topk), i32),
@@ -123,7 +130,10 @@ def test_each_operation_lowers(v):
     new = SHAPE((77, v.kv_heads, v.head_dim), v.dtype)
     slots = SHAPE((77,), jnp.int32)
     texts.append(lowered("write_kv", k_cache, v_cache, new, new, slots, donate=(0, 1)))
-    texts.append(lowered("write_index", index_cache, SHAPE((77, 1, v.head_dim), v.dtype), slots, donate=(0,)))
+    keys = SHAPE((77, 1, v.head_dim), v.dtype)
+    texts.append(lowered("write_index", index_cache, keys, slots, donate=(0,)))
+    texts.append(lowered("write_kv_index", k_cache, v_cache, index_cache, new, new, keys, slots, donate=(0, 1, 2)))
+    assert texts[-1].count(KERNEL) == 1
     assert all(KERNEL in text for text in texts)
 
 
@@ -147,3 +157,40 @@ def test_out_is_aliased():
         traced = jax.jit(attend, donate_argnums=0).trace(q, q, k_cache, v_cache, selected, requests)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "output_operand_alias" in text and "tf.aliasing_output" in text
+
+
+def mxfp8(*shape):
+    return mk.Mxfp8(SHAPE(shape, jnp.float8_e4m3fn), SHAPE((*shape[:-2], shape[-2] // 32, shape[-1]), jnp.uint8))
+
+
+@pytest.mark.parametrize("tokens", [1, 33, 300, 8192])
+def test_products_with_mxfp8_weights_lower(tokens):
+    """One TP8 and EP8 rank's: the projections together, one weight alone, routed experts, rows sorted already."""
+    x = SHAPE((tokens, 6144), jnp.bfloat16)
+    texts = [
+        lowered("matmul", x, (mxfp8(6144, 1024), *[mxfp8(6144, 128)] * 4)),
+        lowered("matmul", SHAPE((tokens, 384), jnp.bfloat16), mxfp8(384, 6144), dtype=jnp.float32),
+        lowered("grouped_matmul", x, mxfp8(16, 6144, 6144), SHAPE((16,), jnp.int32)),
+    ]
+    sums = 1 if tokens < 8192 else 0  # of the projections, whose inputs are split
+    assert [text.count(KERNEL) for text in texts] == [1 + sums, 1, 1]
+
+
+@pytest.mark.parametrize("tokens", [1, 33, 300, 8192])
+@pytest.mark.parametrize("quantised", [True, False])
+def test_routed_experts_lower(tokens, quantised):
+    def weight(*shape):
+        return mxfp8(*shape) if quantised else SHAPE(shape, jnp.bfloat16)
+
+    ids, weights = SHAPE((tokens, 4), jnp.int32), SHAPE((tokens, 4), jnp.float32)
+    x, activation = SHAPE((tokens, 6144), jnp.bfloat16), mk.Swiglu(1.702, 1.0, 7.0)
+    gate_up, down = weight(16, 6144, 6144), weight(16, 3072, 6144)
+    text = lowered("routed_experts", x, ids, weights, gate_up, down, activation=activation, num_experts=128)
+    sorting = 1 if tokens * 4 <= 512 else 0  # more are XLA's to sort
+    assert text.count(KERNEL) == 3 + sorting, "[gate | up], down and the weighted sum"
+
+
+def test_norms_and_routers_lower():
+    x, f32 = SHAPE((77, 6144), jnp.bfloat16), jnp.float32
+    assert KERNEL in lowered("add_norm", x, x, SHAPE((6144,), jnp.bfloat16), eps=1e-6)
+    assert KERNEL in lowered("choose_experts", SHAPE((77, 128), f32), SHAPE((128,), f32), num_chosen=4, scale=2.0)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_ops
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy_ops import Shape, samples
 from op_checks import (
@@ -19,8 +19,10 @@ from op_checks import (
     check_msa,
     check_select_blocks,
     check_sparse_attention,
+    fixed_sample,
     jitted,
     options_of,
+    with_fp8_caches,
 )
 
 import minimax_kernels as mk
@@ -126,15 +128,19 @@ def test_msa(name, data, ties):
 
 
 @EXAMPLES
-@given(data=st.data(), dtype=st.sampled_from(["bfloat16", "float16"]))
-def test_narrow_types(data, dtype):
-    """Operands of 16 bits: scores in float32, attention accumulated in float32, probabilities rounded."""
-    s = data.draw(samples(SHAPES["mixed"]))
-    fields = ("q", "k_cache", "v_cache", "idx_q", "index_cache")
-    narrow = {name: jnp.asarray(getattr(s, name), dtype) for name in fields}
+@given(data=st.data(), dtype=st.sampled_from(["bfloat16", "float16"]), fp8=st.booleans())
+@example(data=None, dtype="bfloat16", fp8=True)
+def test_narrow_types(data, dtype, fp8):
+    """Operands of 16 bits, or caches of 8: scores and sums in float32, probabilities rounded."""
+    s = fixed_sample(SHAPES["prefill of one"]) if data is None else data.draw(samples(SHAPES["mixed"]))
+    caches = ("k_cache", "v_cache", "index_cache")
+    types = {"q": dtype, "idx_q": dtype} | dict.fromkeys(caches, "float8_e4m3fn" if fp8 else dtype)
+    narrow = {name: jnp.asarray(getattr(s, name), kind) for name, kind in types.items()}
+    if fp8 and dtype == "bfloat16":  # beyond float16, which products with e4m3 are made in
+        narrow["idx_q"] *= jnp.exp2(40.0 * (jnp.arange(s.shape.T) % 3 - 1)).astype(dtype)[:, None, None]
     rounded = numpy_ops.Sample(**{**vars(s), **{name: np.asarray(x, np.float32) for name, x in narrow.items()}})
     scores = jitted("index_score", impl=IMPL)(narrow["idx_q"], narrow["index_cache"], s.batch)
-    np.testing.assert_allclose(scores, numpy_ops.index_score(rounded), atol=1e-4)
+    np.testing.assert_allclose(scores, numpy_ops.index_score(rounded), atol=1e-4, rtol=1e-6)
     attend = jitted("dense_attention", scale=SCALE, impl=IMPL)
     result = attend(narrow["q"], narrow["k_cache"], narrow["v_cache"], s.batch)
     assert result.dtype == dtype
@@ -142,8 +148,21 @@ def test_narrow_types(data, dtype):
     np.testing.assert_allclose(np.asarray(result, np.float32), expected, atol=2e-2)
 
 
+@pytest.mark.parametrize("name", ["mixed", "decode"])
+@settings(max_examples=3)
+@given(data=st.data())
+def test_fp8_caches(name, data):
+    """Keys and values of 8 bits, NaN where nobody owns them: exactly the attention over the rounded numbers."""
+    s = with_fp8_caches(data.draw(samples(SHAPES[name])))
+    check_index_score(s, IMPL)
+    check_msa(s, IMPL)
+    if name == "mixed":
+        check_dense_attention(s, IMPL)
+        check_sparse_attention(s, 5, run=by_page("one chunk"))
+
+
 def test_repeats_are_equal_bit_for_bit():
-    s = fixed_sample("prefill of one")
+    s = fixed_sample(SHAPES["prefill of one"])
     run = jitted("msa", scale=SCALE, impl=IMPL, **options_of(s.shape))
     args = (s.q, s.k_cache, s.v_cache, s.idx_q, s.index_cache, s.batch)
     np.testing.assert_array_equal(*(np.asarray(run(*args)).view(np.uint32) for _ in range(2)))
@@ -179,7 +198,7 @@ WRITES = {"one head": (9, 4, 1, 16, 16), "heads": (21, 5, 2, 16, 32), "one token
 
 @pytest.mark.parametrize("name", WRITES)
 @settings(max_examples=6)
-@given(data=st.data(), cache_dtype=st.sampled_from(["float32", "bfloat16"]))
+@given(data=st.data(), cache_dtype=st.sampled_from(["float32", "bfloat16", "float8_e4m3fn"]))
 def test_writes_touch_their_slots_alone(name, data, cache_dtype):
     """Unique slots or -1; NaN rows of skipped tokens go nowhere; in place when donated."""
     tokens, pages, heads, block, dim = WRITES[name]
@@ -205,7 +224,10 @@ def test_writes_touch_their_slots_alone(name, data, cache_dtype):
         *donating("write_kv", 2)(*donated[:2], k, v, slots),
         donating("write_index", 1)(donated[2], idx_k, slots),
     ]
-    for result, wanted in zip(results, expected, strict=True):
+    together = [jnp.asarray(x) for x in before]  # all three in one launch
+    pointers += [x.unsafe_buffer_pointer() for x in together]
+    results += donating("write_kv_index", 3)(*together, k, v, idx_k, slots)
+    for result, wanted in zip(results, 2 * expected, strict=True):
         assert result.dtype == cache_dtype
         np.testing.assert_array_equal(result, wanted)
     assert [x.unsafe_buffer_pointer() for x in results] == pointers
@@ -214,28 +236,3 @@ def test_writes_touch_their_slots_alone(name, data, cache_dtype):
 @functools.cache
 def donating(op: str, caches: int):
     return jax.jit(functools.partial(getattr(mk, op), impl=IMPL), donate_argnums=tuple(range(caches)))
-
-
-def fixed_sample(name: str) -> numpy_ops.Sample:
-    """Without hypothesis: one request of all rows behind a prefix, plus NaN everywhere else."""
-    shape = SHAPES[name]
-    random = np.random.default_rng(5)
-    length = shape.N * shape.B - 3
-    cache = (shape.P, shape.Hkv, shape.B, shape.D)
-    owned = np.zeros((shape.P, shape.B), bool)
-    owned[: shape.N] = np.arange(shape.N * shape.B).reshape(shape.N, shape.B) < length
-
-    def values(*size: int) -> np.ndarray:
-        return random.standard_normal(size).astype(np.float32)
-
-    return numpy_ops.Sample(
-        shape=shape,
-        tables=np.arange(shape.N)[None],
-        starts=np.array([0, shape.T]),
-        kv_lens=np.array([length]),
-        q=values(shape.T, shape.Hq, shape.D),
-        k_cache=np.where(owned[:, None, :, None], values(*cache), np.nan),
-        v_cache=np.where(owned[:, None, :, None], values(*cache), np.nan),
-        idx_q=values(shape.T, shape.Hi, shape.D),
-        index_cache=np.where(owned[..., None], values(shape.P, shape.B, shape.D), np.nan),
-    )

@@ -37,7 +37,7 @@ slots_strategy = st.lists(st.integers(0, PAGES * BLOCK - 1), min_size=T, max_siz
 
 
 @EXAMPLES
-@given(slots=slots_strategy, cache_dtype=st.sampled_from(["float32", "bfloat16"]))
+@given(slots=slots_strategy, cache_dtype=st.sampled_from(["float32", "bfloat16", "float8_e4m3fn"]))
 @example(slots=[-1] * T, cache_dtype="float32")
 @example(slots=[0, 15, 16, 63, -1, -1, 48, 47, 31], cache_dtype="float32")
 def test_writes_touch_their_slots_alone(slots, cache_dtype):
@@ -56,9 +56,24 @@ def test_writes_touch_their_slots_alone(slots, cache_dtype):
     slots = jnp.asarray(slots, jnp.int32)
     results = [*jitted("write_kv")(before_k, before_v, k, v, slots), jitted("write_index")(before_index, idx_k, slots)]
     results.append(jitted("write_index")(before_index, idx_k[:, 0], slots))  # [T, D] is taken too
-    for result, wanted in zip(results, [*expected, expected[2]], strict=True):
+    results += jitted("write_kv_index")(before_k, before_v, before_index, k, v, idx_k, slots)
+    for result, wanted in zip(results, [*expected, expected[2], *expected], strict=True):
         assert result.dtype == cache_dtype
         np.testing.assert_array_equal(result, wanted)
+
+
+@pytest.mark.parametrize("impl", ["reference", "pallas_triton_interpret"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_e4m3_rows_saturate_and_keep_nan(impl, dtype):
+    """A cast alone makes NaN of what is beyond 448 (464 and more); ties go to the even neighbour, tiny numbers to 0."""
+    wanted = {  # 2 ** -9 is the least number of e4m3
+        448: 448, 463: 448, 464: 448, 1e6: 448, np.inf: 448, -np.inf: -448, -1e30: -448, np.nan: np.nan,
+        1.0625: 1.0, 1.1875: 1.25, -0.0: -0.0, 2**-9: 2**-9, 2**-10: 0, 3 * 2**-10: 2**-8, -(2**-6): -(2**-6), 7: 7,
+    }  # fmt: skip
+    rows = jnp.asarray([list(wanted)], dtype)[None]
+    k, v = (jnp.zeros((1, 1, 16, 16), "float8_e4m3fn") for _ in "kv")
+    k, _ = jitted("write_kv", impl=impl)(k, v, rows, rows, jnp.asarray([3]))
+    np.testing.assert_array_equal(np.asarray(k[0, 0, 3], np.float32), np.float32(list(wanted.values())))
 
 
 # ---- packed_batch, query_tiles

@@ -143,9 +143,11 @@ MORE = [pytest.param(sizes, id=name_of(sizes), marks=pytest.mark.long) for sizes
 
 @pytest.mark.parametrize("sizes", [*cases([(8, 8, 1), (2, 8, 4)], [(2, 8, 4)]), *MORE])
 def test_greedy_tokens_equal_one_devices(sizes):
-    ids = prompts(*LENGTHS)
-    expected = one_device().generate(ids, max_new_tokens=NEW)
-    np.testing.assert_array_equal(over_ranks(sizes, split_index_keys=True).generate(ids, max_new_tokens=NEW), expected)
+    ids, options = prompts(*LENGTHS), {"max_new_tokens": NEW}
+    if sizes == (2, 8, 4):  # the one that always runs: what is rounded, and to what, is the same on every layout
+        options["cache_dtype"] = "fp8"
+    expected = one_device().generate(ids, **options)
+    np.testing.assert_array_equal(over_ranks(sizes, split_index_keys=True).generate(ids, **options), expected)
 
 
 def test_settings_that_cannot_be():

@@ -115,18 +115,38 @@ def test_a_compiled_module_has_no_graph_break(backend):
         assert not torch.equal(given[name], tensors()[name])
 
 
-def test_cache_writes_are_in_place_and_those_of_the_kernels():
-    given, (k, v, idx_k, slots) = tensors(), new_tokens()
+CACHES = ("k_cache", "v_cache", "index_cache")
+
+
+def with_fp8_caches():
+    """The tensors with caches of 8 bits."""
+    given = tensors(torch.bfloat16)
+    return given | {name: given[name].to(torch.float8_e4m3fn) for name in CACHES}
+
+
+def test_fp8_caches_give_what_their_numbers_give():
+    given = with_fp8_caches()
+    wide = given | {name: given[name].bfloat16() for name in CACHES}
+    for name in ("index_score", "msa"):
+        assert torch.equal(run(name, given), run(name, wide))
+    with pytest.raises(ValueError, match="q is float8_e4m3fn: must be one of float32, bfloat16, float16"):
+        run("msa", given | {"q": given["q"].to(torch.float8_e4m3fn)})
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_cache_writes_are_in_place_and_those_of_the_kernels(fp8):
+    given, (k, v, idx_k, slots) = with_fp8_caches() if fp8 else tensors(), new_tokens()
+    v[:3, 0, :3] = torch.tensor([470.0, -torch.inf, torch.nan])  # what e4m3 has no numbers for
     same = arrays(given)
     new = [jax.numpy.array(tensor.numpy()) for tensor in (k, v, slots.int())]
     k_cache, v_cache = minimax_kernels.write_kv(same["k_cache"], same["v_cache"], *new)
     index_cache = minimax_kernels.write_index(same["index_cache"], jax.numpy.array(idx_k.numpy()), new[2])
-    addresses = {name: given[name].data_ptr() for name in ("k_cache", "v_cache", "index_cache")}
+    addresses = {name: given[name].data_ptr() for name in CACHES}
     assert bridge.write_kv(given["k_cache"], given["v_cache"], k, v, slots)[0] is given["k_cache"]
     assert bridge.write_index(given["index_cache"], idx_k, slots) is given["index_cache"]
     for name, expected in (("k_cache", k_cache), ("v_cache", v_cache), ("index_cache", index_cache)):
         assert given[name].data_ptr() == addresses[name]
-        np.testing.assert_array_equal(given[name].numpy(), np.asarray(expected))
+        np.testing.assert_array_equal(given[name].float().numpy(), np.asarray(expected, np.float32))
 
 
 @pytest.mark.parametrize("slots", [[-1] * 9, [96, -5, 200, -1, -1, -1, -1, -1, 10**6], list(range(9))])

@@ -5,11 +5,11 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Int
 
 from minimax_kernels import checks
-from minimax_kernels.grouped_matmul import reference
-from minimax_kernels.implementation import dispatch
+from minimax_kernels.grouped_matmul import pallas_triton, reference
+from minimax_kernels.implementation import dispatch, implementations
 from minimax_kernels.mxfp8 import Mxfp8
 
-_IMPLEMENTATIONS = {"reference": reference.grouped_matmul}
+_IMPLEMENTATIONS = implementations(pallas_triton.grouped_matmul, reference.grouped_matmul)
 
 
 def grouped_matmul(
@@ -35,4 +35,4 @@ def grouped_matmul(
     checks.check_extent("x", "K", x.shape[1], w.shape[1], "in w")
     checks.check_rank("group_sizes", group_sizes, "[E]")
     checks.check_extent("group_sizes", "E", group_sizes.shape[0], w.shape[0], "in w")
-    return dispatch("grouped_matmul", _IMPLEMENTATIONS, impl, x, w, group_sizes)
+    return dispatch("grouped_matmul", _IMPLEMENTATIONS, impl, x, w, group_sizes, differentiable=True)

@@ -28,6 +28,7 @@ def index_score(
     checks.check_rank("idx_q", idx_q, "[T, Hi, D]")
     checks.check_rank("index_cache", index_cache, "[P, B, D]")
     checks.check_float("idx_q", idx_q)
+    checks.check_cache("index_cache", index_cache)
     checks.check_extent("idx_q", "D", idx_q.shape[2], index_cache.shape[2], "in index_cache")
     checks.check_batch(batch, index_cache.shape[1])
     if 0 in (idx_q.shape[0], batch.num_requests, batch.num_blocks):

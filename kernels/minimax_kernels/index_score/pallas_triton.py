@@ -19,6 +19,8 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from minimax_kernels.batch import Batch, tile_size
+from minimax_kernels.cache_types import as_read
+from minimax_kernels.fp8_queries import product_rows
 from minimax_kernels.launch_table import ScoreLaunch, score_launch
 from minimax_kernels.ragged_tiles import locate_tile, num_tiles
 from minimax_kernels.triton_call import ceil_div, next_power_of_two, triton_call
@@ -98,6 +100,7 @@ def _score_kernel(
         mask=jnp.broadcast_to(live[:, None], (rows, q_ref.shape[2])),
         other=0.0,
     )
+    q, factor = product_rows(q, index_ref.dtype)
     position = at.first_position + token
     if num_counters:
 
@@ -123,7 +126,7 @@ def _score_kernel(
         plgpu.store(out_ref.at[head, flat, jnp.full((rows,), block, jnp.int32)], best, mask=live)
 
     def score(block, page, masked):
-        keys = index_ref[page]
+        keys = as_read(index_ref[page], q.dtype)
         if keys_first:
             scores = lax.dot_general(keys, q, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
             key_axis = 0
@@ -134,7 +137,8 @@ def _score_kernel(
             key = block * block_size + jnp.arange(block_size, dtype=jnp.int32)
             seen = key[:, None] <= position[None, :] if keys_first else key[None, :] <= position[:, None]
             scores = jnp.where(seen, scores, -jnp.inf)
-        store(block, jnp.max(scores, axis=key_axis))
+        best = jnp.max(scores, axis=key_axis)
+        store(block, best if factor is None else best * factor)
 
     def page_of(block):
         return tables_ref[request, jnp.minimum(block, num_blocks - 1)]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from minimax_kernels.batch import Batch, query_tiles, scatter_rows, tile_size
+from minimax_kernels.cache_types import as_read
 
 
 def index_score(
@@ -22,7 +23,7 @@ def index_score(
     def score_tile(tile):
         request, rows, positions = tile
         queries = idx_q.at[rows].get(mode="fill", fill_value=0)
-        keys = index_cache[tables[request]]
+        keys = as_read(index_cache[tables[request]], idx_q.dtype)
         scores = jnp.einsum(
             "thd,nbd->thnb", queries, keys, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
         )

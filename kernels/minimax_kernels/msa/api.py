@@ -43,6 +43,7 @@ def msa(
     checks.check_rank("idx_q", idx_q, "[T, Hi, Di]")
     checks.check_rank("index_cache", index_cache, "[P, B, Di]")
     checks.check_float("idx_q", idx_q)
+    checks.check_cache("index_cache", index_cache)
     checks.check_extent("idx_q", "T", idx_q.shape[0], q.shape[0], "in q")
     checks.check_extent("idx_q", "Di", idx_q.shape[2], index_cache.shape[2], "in index_cache")
     checks.check_extent("index_cache", "B", index_cache.shape[1], k_cache.shape[2], "in k_cache")

@@ -22,6 +22,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
 from minimax_kernels.batch import Batch
+from minimax_kernels.cache_types import as_read
 from minimax_kernels.exponential import LOG2_E, exp2_scaled
 from minimax_kernels.launch_table import PageLaunch
 from minimax_kernels.merge_partials import merge_partials
@@ -159,13 +160,14 @@ def _attend_kernel(
         block = lax.rem(key, num_blocks)
         page = tables_ref[request, block]
         kv_head = lax.div(group, kv_share)
-        keys = k_ref[page, kv_head]
+        keys = as_read(k_ref[page, kv_head], q_ref.dtype)
         kv_len = kv_lens_ref[request]
         # what no request owns may be NaN, and 0 * NaN is NaN: such values are read as zeros
         owned = block * block_size + key_in_page < kv_len
         values = plgpu.load(
             v_ref.at[page, kv_head], mask=jnp.broadcast_to(owned[:, None], (block_size, head_dim)), other=0.0
         )
+        values = as_read(values, q_ref.dtype)
         # a token's last visible key in this page is token + to_last_key
         to_last_key = first_token + kv_len - starts_ref[request + 1] - block * block_size
         first_pair = group * tokens * topk

@@ -8,18 +8,20 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One kernel: name, stream, start and length in microseconds, and which device ran it."""
+    """One kernel: name, stream, start and length in microseconds, its module if the profiler says it, its device."""
 
     name: str
     stream: str
     start: float
     length: float
+    module: str = ""
     device: str = ""
 
 
@@ -39,8 +41,8 @@ class Overlap:
         return self.added_us - self.busy_us
 
 
-def profile(run: Callable[[], jax.Array]) -> list[Launch]:
-    """The kernels of one step; empty where the profiler shows none, as on a CPU."""
+def profile(run: Callable[[], Any]) -> list[Launch]:
+    """The kernels of one call, after one that goes unseen; empty where the profiler shows none, as on a CPU."""
     jax.block_until_ready(run())
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
@@ -61,7 +63,14 @@ def read_launches(trace: dict) -> list[Launch]:
         elif event.get("name") == "thread_name":
             threads[event["pid"], event["tid"]] = name
     launches = [
-        Launch(event["name"], thread, float(event["ts"]), float(event.get("dur", 0.0)), devices[event["pid"]])
+        Launch(
+            event["name"],
+            thread,
+            float(event["ts"]),
+            float(event.get("dur", 0.0)),
+            str(event.get("args", {}).get("hlo_module", "")),
+            devices[event["pid"]],
+        )
         for event in trace.get("traceEvents", [])
         if event.get("ph") == "X"
         and event.get("pid") in devices

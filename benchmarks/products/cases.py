@@ -1,0 +1,137 @@
+"""The products of one TP8 and EP8 rank of MiniMax-M3, what each must move and compute, and launches to try."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from benchmarks.floors import BF16, Work
+from minimax_kernels.matmul_launches import MatmulLaunch, group_launch, largest_divisor, matmul_launch
+from minimax_kernels.triton_call import Launch
+
+HIDDEN, EXPERT_WIDTH, RANKS, EXPERTS, PER_TOKEN = 6144, 3072, 8, 128, 4
+LOCAL = EXPERTS // RANKS
+MXFP8_BYTES = 1 + 1 / 32
+WEIGHTS = {  # inputs, widths of what one launch multiplies
+    "qkv_index": (HIDDEN, (1024, 128, 128, 128, 128)),
+    "o": (1024, (HIDDEN,)),
+    "shared_gate_up": (HIDDEN, (768,)),
+    "shared_down": (384, (HIDDEN,)),
+    "dense_gate_up": (HIDDEN, (3072,)),
+    "dense_down": (1536, (HIDDEN,)),
+}
+GROUPS = {"gate_up": (HIDDEN, 2 * EXPERT_WIDTH), "down": (EXPERT_WIDTH, HIDDEN)}
+TOKENS = (1, 8, 32, 64, 1024, 8192)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One product.
+
+    Attributes:
+      kind: "matmul"; "groups" or "joined" for sorted rows of experts ("joined": the activation within).
+      weight: a name in WEIGHTS or GROUPS.
+      tokens: of the step; experts get 4 pairs a token, of which an eighth is this rank's.
+      weights: "mxfp8" or "bf16" (experts only).
+    """
+
+    kind: str
+    weight: str
+    tokens: int
+    weights: str = "mxfp8"
+    shrink: int = 1
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return f"{self.weight} {self.tokens} tokens" + (" bf16" if self.weights == "bf16" else "")
+
+    @property
+    def inputs(self) -> int:
+        """K."""
+        return (WEIGHTS | GROUPS)[self.weight][0] // self.shrink
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """N of each weight of the launch."""
+        widths = WEIGHTS[self.weight][1] if self.kind == "matmul" else (GROUPS[self.weight][1],)
+        return tuple(width // self.shrink for width in widths)
+
+    @property
+    def rows(self) -> int:
+        """Rows to multiply: tokens, or this rank's pairs."""
+        return self.tokens if self.kind == "matmul" else max(self.tokens * PER_TOKEN // RANKS, 1)
+
+    @property
+    def all_rows(self) -> int:
+        """Rows that there is room for: pairs of all ranks."""
+        return self.tokens if self.kind == "matmul" else self.tokens * PER_TOKEN
+
+    def work(self, group_sizes: list[int] | None = None) -> Work:
+        """FLOPs and bytes; of experts, those that have rows."""
+        read = 1 if group_sizes is None else sum(size > 0 for size in group_sizes)
+        rows = self.rows if group_sizes is None else sum(group_sizes)
+        columns = sum(self.widths)
+        weight = read * self.inputs * columns * (BF16 if self.weights == "bf16" else MXFP8_BYTES)
+        written = columns // 2 if self.kind == "joined" else columns
+        return Work(2 * rows * self.inputs * columns, weight + BF16 * rows * (self.inputs + written))
+
+    @property
+    def launch(self) -> MatmulLaunch:
+        """What the kernels would choose."""
+        columns = sum(self.widths)
+        if self.kind == "matmul":
+            divisor = min(largest_divisor(width, 1 << 30) for width in self.widths)
+            return matmul_launch(self.rows, self.inputs, divisor, columns)
+        joined = self.kind == "joined"
+        divisor = largest_divisor(columns // 2 if joined else columns, 1 << 30)
+        return group_launch(self.rows, LOCAL, self.inputs, divisor, columns, joined=joined)
+
+    @property
+    def key(self) -> tuple[str, int, int, int]:
+        """Of the measured table."""
+        return self.kind, self.inputs, sum(self.widths), 1 << (self.rows - 1).bit_length()
+
+
+def all_cases(tokens: tuple[int, ...] = TOKENS, *, bf16: bool = False, shrink: int = 1) -> list[Case]:
+    """Linears and experts, most tokens first."""
+    found = []
+    for count in sorted(tokens, reverse=True):
+        found += [Case("matmul", name, count, shrink=shrink) for name in WEIGHTS]
+        for weights in ("mxfp8", "bf16") if bf16 else ("mxfp8",):
+            found += [
+                Case("joined", "gate_up", count, weights, shrink=shrink),
+                Case("groups", "down", count, weights, shrink=shrink),
+            ]
+    return found
+
+
+MANY = ((128, 128, 64, 4, 3), (128, 128, 64, 4, 4), (128, 128, 32, 4, 4), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3))
+FEW = ((64, 128, 4), (64, 128, 6), (128, 128, 4), (32, 128, 6), (128, 64, 5))  # columns, inputs, stages
+
+
+def candidates(case: Case) -> list[MatmulLaunch]:
+    """Launches to try, the formula's own first."""
+    own = case.launch
+    halves = 2 if case.kind == "joined" else 1
+    least = min(case.widths) // halves
+    found = [own]
+    if own.block_m >= 64 and case.rows > 64:
+        tried = [
+            MatmulLaunch(m, min(n // halves, least), k, own.splits, Launch(warps, stages))
+            for m, n, k, warps, stages in (*MANY, (64, 128, 64, 4, 4), (64, 256, 64, 4, 3))
+        ]
+    else:
+        more = [own.splits] if case.kind == "joined" else [own.splits, max(own.splits // 2, 1), own.splits * 2]
+        tried = [
+            MatmulLaunch(own.block_m, min(n // halves, least), k, splits, Launch(4, stages))
+            for n, k, stages in FEW
+            for splits in more[: 1 if n != 64 else None]
+        ]
+        if case.kind == "joined":  # eight warps where two accumulators stand side by side
+            tried += [dataclasses.replace(tried[0], launch=Launch(8, 4))]
+    for launch in tried:
+        steps = case.inputs // launch.block_k
+        fits = case.inputs % launch.block_k == 0 and launch.splits <= steps
+        if fits and launch not in found:
+            found.append(launch)
+    return found

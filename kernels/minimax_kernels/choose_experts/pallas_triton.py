@@ -1,0 +1,79 @@
+"""The router's choice in one launch: a token's scores stay in registers, its best are taken one after another.
+
+XLA sorts all scores and takes three launches for it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int
+
+from minimax_kernels.triton_call import Launch, ceil_div, next_power_of_two, triton_call
+
+TOKENS = 8  # of a program
+MOST_EXPERTS, MOST_CHOSEN = 512, 16
+LAUNCH = Launch(num_warps=4, num_stages=1)
+
+
+def choose_experts(
+    logits: Float[Array, "T E"],
+    bias: Float[Array, "E"],
+    *,
+    num_chosen: int,
+    scale: float,
+    interpret: bool = False,
+) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
+    """See `minimax_kernels.choose_experts`."""
+    num_tokens, num_experts = logits.shape
+    if num_experts > MOST_EXPERTS or num_chosen > MOST_CHOSEN:
+        raise NotImplementedError(
+            f"pallas_triton: {num_chosen} of {num_experts} experts: at most {MOST_CHOSEN} of {MOST_EXPERTS}"
+        )
+    shape = (num_tokens, num_chosen)
+    if num_tokens == 0:
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+    return triton_call(
+        functools.partial(_choose_kernel, num_chosen=num_chosen, scale=scale),
+        [logits, bias],
+        (jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)),
+        grid=(ceil_div(num_tokens, TOKENS),),
+        launch=LAUNCH,
+        name="choose_experts",
+        interpret=interpret,
+    )
+
+
+def _choose_kernel(
+    logits_ref: Any, bias_ref: Any, ids_ref: Any, weights_ref: Any, *, num_chosen: int, scale: float
+) -> None:
+    num_tokens, num_experts = logits_ref.shape
+    token = pl.program_id(0) * TOKENS + jnp.arange(TOKENS, dtype=jnp.int32)
+    expert = jnp.arange(next_power_of_two(num_experts), dtype=jnp.int32)
+    real = expert < num_experts
+    at = jnp.minimum(token, num_tokens - 1)[:, None], jnp.minimum(expert, num_experts - 1)[None, :]
+    scores = jax.nn.sigmoid(logits_ref[at])
+    left = jnp.where(real, scores + bias_ref[at[1]], -jnp.inf)
+    # a token with a NaN chooses experts like any other, and its weights say what it is
+    left = jnp.where(left == left, left, jnp.where(real, jnp.inf, -jnp.inf))
+    column = jnp.arange(next_power_of_two(num_chosen), dtype=jnp.int32)[None, :]
+    ids = jnp.zeros((TOKENS, column.shape[1]), jnp.int32)
+    chosen = jnp.zeros(ids.shape, jnp.float32)
+    for i in range(num_chosen):
+        best = jnp.max(left, axis=1, keepdims=True)
+        # of equal ones the first
+        first = jnp.min(jnp.where(left == best, expert[None, :], num_experts - 1), axis=1, keepdims=True)
+        taken = expert[None, :] == first
+        score = jnp.sum(jnp.where(taken, scores, 0.0), axis=1, keepdims=True)
+        ids, chosen = jnp.where(column == i, first, ids), jnp.where(column == i, score, chosen)
+        left = jnp.where(taken, -jnp.inf, left)
+    weights = chosen / jnp.sum(chosen, axis=1, keepdims=True) * scale
+    inside = (token < num_tokens)[:, None] & (column < num_chosen)
+    to = jnp.where(token < num_tokens, token, num_tokens)[:, None], column
+    plgpu.store(ids_ref.at[to], ids, mask=inside)
+    plgpu.store(weights_ref.at[to], weights, mask=inside)

@@ -1,0 +1,107 @@
+"""Rows times MXFP8 weights: one kernel; few rows split the inputs over programs, so that all memory is read at once.
+
+The weight's bytes go from memory to shared memory to registers, become bfloat16 there and meet the rows in the matrix
+units. With one split a program writes its tile; with several they write float32 partial sums. XLA adds them up inside
+whatever reads the result; those of several weights are a launch of their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from minimax_kernels.matmul.sum_splits import sum_splits
+from minimax_kernels.matmul_launches import MatmulLaunch, largest_divisor, matmul_launch
+from minimax_kernels.mxfp8 import Mxfp8
+from minimax_kernels.triton_call import ceil_div, triton_call
+from minimax_kernels.triton_support import require_weight
+from minimax_kernels.weight_tiles import Weight, WeightTiles, multiply_tile, weight_refs
+
+
+def matmul(
+    x: Float[Array, "T K"],
+    weights: Sequence[Weight],
+    *,
+    dtype: DTypeLike,
+    interpret: bool = False,
+    launch: MatmulLaunch | None = None,
+) -> tuple[Float[Array, "T N"], ...]:
+    """See `minimax_kernels.matmul`."""
+    for i, weight in enumerate(weights):
+        if not isinstance(weight, Mxfp8):
+            raise NotImplementedError(f"pallas_triton: w[{i}] is an array of {weight.dtype}, which XLA multiplies best")
+        require_weight(x, weight, interpret=interpret)
+    num_rows, in_features = x.shape
+    widths = [weight.shape[1] for weight in weights]
+    divisor = min(largest_divisor(width, 1 << 30) for width in widths)
+    launch = launch or matmul_launch(num_rows, in_features, divisor, sum(widths))
+    ends = list(itertools.accumulate(widths, initial=0))
+    if num_rows == 0:
+        return tuple(jnp.zeros((0, width), dtype) for width in widths)
+    split = launch.splits > 1
+    results = triton_call(
+        functools.partial(
+            _matmul_kernel, ends=ends, launch=launch, steps=in_features // launch.block_k, interpret=interpret
+        ),
+        [x, *itertools.chain.from_iterable(map(weight_refs, weights))],
+        tuple(
+            jax.ShapeDtypeStruct((launch.splits, num_rows, width), jnp.float32)
+            if split
+            else jax.ShapeDtypeStruct((num_rows, width), dtype)
+            for width in widths
+        ),
+        grid=(ends[-1] // launch.block_n, ceil_div(num_rows, launch.block_m), launch.splits),
+        launch=launch.launch,
+        name="mxfp8_matmul",
+        interpret=interpret,
+    )
+    if split and len(results) > 1:
+        return sum_splits(results, dtype=dtype, interpret=interpret)
+    return tuple(result.sum(axis=0).astype(dtype) for result in results) if split else results
+
+
+def _matmul_kernel(x_ref: Any, *refs: Any, ends: list[int], launch: MatmulLaunch, steps: int, interpret: bool) -> None:
+    weights = len(ends) - 1
+    num_rows = x_ref.shape[0]
+    column_tile, row_tile, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    row = row_tile * launch.block_m + jnp.arange(launch.block_m, dtype=jnp.int32)
+    read_row = jnp.minimum(row, num_rows - 1)
+    per_split = ceil_div(steps, launch.splits)
+    begin = split * per_split
+
+    def rows_at(k: jax.Array) -> jax.Array:
+        return x_ref[read_row[:, None], (k + jnp.arange(launch.block_k, dtype=jnp.int32))[None, :]]
+
+    def multiply(i: int) -> None:
+        out_ref, begin_column = refs[2 * weights + i], column_tile * launch.block_n - ends[i]
+        (result,) = multiply_tile(
+            rows_at,
+            WeightTiles(refs[2 * i : 2 * i + 2]),
+            (begin_column,),
+            num_rows=launch.block_m, block_n=launch.block_n, block_k=launch.block_k,
+            begin=begin, stop=jnp.minimum(begin + per_split, steps), interpret=interpret,
+        )  # fmt: skip
+        column = begin_column + jnp.arange(launch.block_n, dtype=jnp.int32)
+        to_row = jnp.where(row < num_rows, row, num_rows)
+        to = (to_row[:, None], column[None, :])
+        plgpu.store(
+            out_ref.at[(split, *to) if launch.splits > 1 else to],
+            result.astype(out_ref.dtype),
+            mask=jnp.broadcast_to((row < num_rows)[:, None], result.shape),
+        )
+
+    for i in range(weights):
+        first, last = ends[i] // launch.block_n, ends[i + 1] // launch.block_n
+        if weights == 1:
+            multiply(i)
+        else:
+            pl.when((column_tile >= first) & (column_tile < last))(functools.partial(multiply, i))

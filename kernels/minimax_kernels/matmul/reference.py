@@ -1,0 +1,25 @@
+"""Matrix products in plain jnp: quantised weights are dequantised first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from minimax_kernels.mxfp8 import Mxfp8, dequantize
+from minimax_kernels.weight_tiles import Weight
+
+
+def matmul(x: Float[Array, "T K"], weights: Sequence[Weight], *, dtype: DTypeLike) -> tuple[Float[Array, "T N"], ...]:
+    """See `minimax_kernels.matmul`."""
+    # float32 operands are multiplied exactly: a GPU would round them to TF32 otherwise
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+    def multiply(w: Weight) -> Array:
+        matrix = dequantize(w, x.dtype) if isinstance(w, Mxfp8) else w
+        return jnp.matmul(x, matrix, precision=precision, preferred_element_type=jnp.float32).astype(dtype)
+
+    return tuple(map(multiply, weights))

@@ -1,0 +1,105 @@
+"""Launch parameters of products with weights, by shape."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from minimax_kernels.launch_table import NUM_SMS
+from minimax_kernels.measured_products import PRODUCTS
+from minimax_kernels.triton_call import Launch, ceil_div, next_power_of_two
+
+LEAST_COLUMNS = 16  # of a tile, as the matrix instructions have them
+FEW_ROWS = 64  # rows up to which a product is bound by reading its weight
+MOST_BLOCK_K = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulLaunch:
+    """Of a product of rows with a weight.
+
+    Attributes:
+      block_m: rows of a program, a power of two.
+      block_n: columns of a program, a power of two that divides the weight's.
+      block_k: inputs of a step, a multiple of 32 that divides the weight's.
+      splits: programs that share the inputs of one tile; their partial sums are added up afterwards.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    splits: int
+    launch: Launch
+
+
+def measured_launch(
+    kind: str, num_rows: int, in_features: int, column_divisor: int, out_features: int
+) -> MatmulLaunch | None:
+    """What was measured for this weight at this number of rows, rounded up to a power of two; None if nothing was.
+
+    Args:
+      kind: "matmul", or for sorted rows "groups", or "joined" where the halves are joined.
+    """
+    found = PRODUCTS.get((kind, in_features, out_features, next_power_of_two(num_rows)))
+    if found is None or column_divisor % found[1]:
+        return None
+    return MatmulLaunch(*found[:4], Launch(*found[4:]))
+
+
+def largest_divisor(size: int, most: int) -> int:
+    """The largest power of two up to `most` that divides `size`."""
+    return min(size & -size, most)
+
+
+def matmul_launch(num_rows: int, in_features: int, column_divisor: int, out_features: int) -> MatmulLaunch:
+    """For all rows times one weight, or several side by side.
+
+    Args:
+      column_divisor: what a tile's columns must divide.
+      out_features: of all weights together.
+    """
+    measured = measured_launch("matmul", num_rows, in_features, column_divisor, out_features)
+    if measured is not None:
+        return measured
+    if num_rows <= FEW_ROWS:
+        block_m = max(next_power_of_two(num_rows), 16)
+        block_n = largest_divisor(column_divisor, 64)
+        if out_features < NUM_SMS * block_n <= 2 * out_features:  # narrower tiles fill the device without splits
+            block_n = max(block_n // 2, LEAST_COLUMNS)
+        block_k = largest_divisor(in_features, MOST_BLOCK_K)
+        programs = out_features // block_n
+        splits = _splits(programs, 3 * NUM_SMS, in_features // block_k) if programs < NUM_SMS else 1
+        return MatmulLaunch(block_m, block_n, block_k, splits, Launch(4, 4 if block_m <= 32 else 3))
+    block_m, block_n = (128 if num_rows > 256 else 64), largest_divisor(column_divisor, 128)
+    block_k = largest_divisor(in_features, 64)
+    programs = ceil_div(num_rows, block_m) * (out_features // block_n)
+    splits = _splits(programs, 2 * NUM_SMS, in_features // (2 * block_k)) if programs < NUM_SMS else 1
+    return MatmulLaunch(block_m, block_n, block_k, splits, Launch(4, 3))
+
+
+def group_launch(
+    num_rows: int, num_groups: int, in_features: int, column_divisor: int, out_features: int, *, joined: bool = False
+) -> MatmulLaunch:
+    """For rows that groups share evenly, as far as is known before they are counted.
+
+    Args:
+      joined: a program takes block_n columns of each of two halves.
+    """
+    mean_rows = ceil_div(num_rows, num_groups)
+    kind = "joined" if joined else "groups"
+    measured = measured_launch(kind, num_rows, in_features, column_divisor, out_features)
+    if measured is not None:
+        return measured
+    block_k = largest_divisor(in_features, MOST_BLOCK_K if mean_rows <= FEW_ROWS else 64)
+    block_n = largest_divisor(column_divisor, (64 if mean_rows <= 16 else 128) // (2 if joined else 1))
+    if mean_rows > FEW_ROWS:
+        return MatmulLaunch(128 if mean_rows > 128 else 64, block_n, block_k, 1, Launch(4, 3))
+    block_m = max(next_power_of_two(mean_rows), 16)
+    programs = min(num_rows, num_groups) * (out_features // block_n)
+    # each split writes its sums of all rows, also of those that turn out to belong elsewhere
+    splits = _splits(programs, 3 * NUM_SMS, in_features // block_k) if num_rows <= 16 and programs < NUM_SMS else 1
+    return MatmulLaunch(block_m, block_n, block_k, splits, Launch(4, 4 if block_m <= 32 else 3))
+
+
+def _splits(programs: int, wanted: int, most: int) -> int:
+    # XLA adds up no more than that many inside the kernel that reads the sums
+    return max(1, min(round(wanted / programs), most, 16))

@@ -1,0 +1,97 @@
+"""norm_rope: all heads of all arrays in one launch; XLA takes two an array, for the mean square and for the rest."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float
+
+from minimax_kernels.launch_table import NORM_LAUNCH, norm_rows
+from minimax_kernels.triton_call import ceil_div, next_power_of_two, triton_call
+
+MOST_CHANNELS = 1024  # of a head that one program's registers hold
+
+
+def norm_rope(
+    xs: tuple[Float[Array, "T H D"], ...],
+    weights: tuple[Float[Array, "D"], ...],
+    cos: Float[Array, "T half"],
+    sin: Float[Array, "T half"],
+    *,
+    eps: float,
+    interpret: bool = False,
+) -> tuple[Float[Array, "T H D"], ...]:
+    """See `minimax_kernels.norm_rope`."""
+    for i, x in enumerate(xs):
+        if x.shape[2] > MOST_CHANNELS:
+            raise NotImplementedError(f"pallas_triton: xs[{i}] has D = {x.shape[2]} of at most {MOST_CHANNELS}")
+    num_tokens = cos.shape[0]
+    if num_tokens == 0:
+        return tuple(xs)
+    step = norm_rows(sum(num_tokens * x.shape[1] for x in xs))
+    programs = [ceil_div(num_tokens * x.shape[1], step) for x in xs]
+    return triton_call(
+        functools.partial(_norm_rope_kernel, programs=programs, step=step, eps=eps),
+        [*xs, *weights, cos, sin],
+        tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in xs),
+        grid=(sum(programs),),
+        launch=NORM_LAUNCH,
+        name="norm_rope",
+        interpret=interpret,
+    )
+
+
+def _norm_rope_kernel(*refs: Any, programs: list[int], step: int, eps: float) -> None:
+    """Each array has programs of its own, one after the other; a program does `step` heads."""
+    count, program = len(programs), pl.program_id(0)
+    x_refs, weight_refs, (cos_ref, sin_ref), out_refs = (
+        refs[:count], refs[count : 2 * count], refs[2 * count : 2 * count + 2], refs[2 * count + 2 :]
+    )  # fmt: skip
+    first = 0
+    for x_ref, weight_ref, out_ref, own in zip(x_refs, weight_refs, out_refs, programs, strict=True):
+        rows = functools.partial(_rows, x_ref, weight_ref, cos_ref, sin_ref, out_ref, step=step, eps=eps)
+        pl.when((program >= first) & (program < first + own))(functools.partial(rows, program - first))
+        first += own
+
+
+def _rows(x_ref, weight_ref, cos_ref, sin_ref, out_ref, block, *, step, eps):
+    num_tokens, num_heads, head_dim = x_ref.shape
+    half = cos_ref.shape[1]
+    row = block * step + jnp.arange(step, dtype=jnp.int32)
+    live = row < num_tokens * num_heads
+    row = jnp.minimum(row, num_tokens * num_heads - 1)
+    token, head = lax.div(row, num_heads), lax.rem(row, num_heads)
+    channel = jnp.arange(next_power_of_two(head_dim), dtype=jnp.int32)
+    inside = jnp.broadcast_to((channel < head_dim)[None, :], (step, channel.shape[0]))
+    # the channel that each one turns against; those past 2 * half turn against themselves, by no angle
+    partner = jnp.where(channel < half, channel + half, jnp.where(channel < 2 * half, channel - half, channel))
+    angle = jnp.where(channel < half, channel, channel - half)
+
+    def load(channel: Any) -> Any:
+        at = x_ref.at[token[:, None], head[:, None], channel[None, :]]
+        return plgpu.load(at, mask=inside, other=0.0).astype(jnp.float32)
+
+    x = load(channel)
+    inverse = lax.rsqrt(jnp.sum(x * x, axis=1) / head_dim + eps)[:, None]
+
+    def normed(x: Any, channel: Any) -> Any:
+        weight = plgpu.load(weight_ref.at[channel], mask=channel < head_dim, other=0.0).astype(jnp.float32)
+        return (x * inverse * (1.0 + weight)[None, :]).astype(x_ref.dtype).astype(jnp.float32)
+
+    turns = jnp.broadcast_to((channel < 2 * half)[None, :], inside.shape)
+    at = token[:, None], jnp.minimum(angle, half - 1)[None, :]
+    cos = plgpu.load(cos_ref.at[at], mask=turns, other=1.0)
+    sin = plgpu.load(sin_ref.at[at], mask=turns, other=0.0)
+    turned = normed(x, channel) * cos + normed(load(partner), partner) * jnp.where((channel < half)[None, :], -sin, sin)
+    to_token = jnp.where(live, token, num_tokens)  # out of range where nothing is written
+    plgpu.store(
+        out_ref.at[to_token[:, None], head[:, None], channel[None, :]],
+        turned.astype(out_ref.dtype),
+        mask=inside & jnp.broadcast_to(live[:, None], inside.shape),
+    )

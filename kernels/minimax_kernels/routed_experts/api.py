@@ -1,0 +1,67 @@
+"""routed_experts: each token's experts, weighted and summed."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from minimax_kernels import checks
+from minimax_kernels.implementation import dispatch, implementations
+from minimax_kernels.matmul.api import check_weight
+from minimax_kernels.routed_experts import pallas_triton, reference
+from minimax_kernels.swiglu import Swiglu
+from minimax_kernels.weight_tiles import Weight
+
+_IMPLEMENTATIONS = implementations(pallas_triton.routed_experts, reference.routed_experts)
+
+
+def routed_experts(
+    x: Float[Array, "T H"],
+    expert_ids: Int[Array, "T k"],
+    weights: Float[Array, "T k"],
+    gate_up: Weight,
+    down: Weight,
+    *,
+    activation: Swiglu,
+    num_experts: int | None = None,
+    impl: str | None = None,
+) -> Float[Array, "T H"]:
+    """Sum over a token's experts e of weight * (activation(x @ gate_up[e]) @ down[e]).
+
+    Products accumulate in float32 and are rounded to x's type, the activation is float32, and the sum is float32 in
+    the token's own order of experts. Ids outside 0..E - 1 stand for experts elsewhere and add nothing.
+
+    Args:
+      gate_up: [E, H, 2 * F], [gate | up].
+      down: [E, F, H].
+      num_experts: how many experts the ids were chosen from, here and elsewhere; E if None. A guess of how many rows
+        come here, from which tiles are chosen; any number gives the same result.
+
+    Raises:
+      ValueError: for shapes or types that do not fit.
+      NotImplementedError: if the named implementation cannot serve the call.
+    """
+    checks.check_rank("x", x, "[T, H]")
+    checks.check_float("x", x)
+    checks.check_rank("expert_ids", expert_ids, "[T, k]")
+    checks.check_int("expert_ids", expert_ids)
+    checks.check_extent("expert_ids", "T", expert_ids.shape[0], x.shape[0], "in x")
+    if weights.shape != expert_ids.shape or not jnp.issubdtype(weights.dtype, jnp.floating):
+        raise ValueError(
+            f"weights is {weights.dtype} of shape {tuple(weights.shape)}: must be floating, of expert_ids' "
+            f"{tuple(expert_ids.shape)}"
+        )
+    check_weight("gate_up", gate_up, "[E, H, 2F]")
+    check_weight("down", down, "[E, F, H]")
+    checks.check_multiple("gate_up's last axis", gate_up.shape[2], "the number of halves", 2)
+    checks.check_extent("gate_up", "H", gate_up.shape[1], x.shape[1], "in x")
+    for axis, name, expected, source in (
+        (0, "E", gate_up.shape[0], "in gate_up"),
+        (1, "F", gate_up.shape[2] // 2, "half of gate_up's last axis"),
+        (2, "H", x.shape[1], "in x"),
+    ):
+        checks.check_extent("down", name, down.shape[axis], expected, source)
+    return dispatch(
+        "routed_experts", _IMPLEMENTATIONS, impl, x, expert_ids, weights, gate_up, down,
+        differentiable=True, activation=activation, num_experts=num_experts,
+    )  # fmt: skip

@@ -1,0 +1,59 @@
+"""Routed experts in three launches: [gate | up] with its activation, down, and the weighted sum; one more sorts.
+
+Nothing is padded to the number of experts and no row is copied: the first product gathers its rows, programs find
+their expert by themselves, experts without tokens are not read, and pairs of experts elsewhere are never computed.
+With a handful of tokens the inputs are split over programs, and the activation is XLA's, over the partial sums.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int
+
+from minimax_kernels.grouped_matmul.pallas_triton import multiply_groups
+from minimax_kernels.matmul_launches import group_launch, largest_divisor
+from minimax_kernels.routed_experts.combine import combine_rows
+from minimax_kernels.routed_experts.sort_few import can_sort_few, sort_few_pairs
+from minimax_kernels.routed_experts.sorting import sort_pairs
+from minimax_kernels.swiglu import Swiglu
+from minimax_kernels.triton_support import require_weight
+from minimax_kernels.weight_tiles import Weight
+
+
+def routed_experts(
+    x: Float[Array, "T H"],
+    expert_ids: Int[Array, "T k"],
+    weights: Float[Array, "T k"],
+    gate_up: Weight,
+    down: Weight,
+    *,
+    activation: Swiglu,
+    num_experts: int | None = None,
+    interpret: bool = False,
+) -> Float[Array, "T H"]:
+    """See `minimax_kernels.routed_experts`."""
+    require_weight(x, gate_up, interpret=interpret)
+    require_weight(x, down, interpret=interpret)
+    if x.shape[0] == 0:
+        return x
+    local, hidden, width = gate_up.shape
+    num_rows = expert_ids.size
+    if can_sort_few(num_rows, local):
+        pairs = sort_few_pairs(expert_ids, local, interpret=interpret)
+    else:
+        pairs = sort_pairs(expert_ids, local)
+    rows_here = num_rows if num_experts is None else min(max(num_rows * local // num_experts, 1), num_rows)
+    options = {"expected_rows": rows_here, "interpret": interpret}
+    half = largest_divisor(width // 2, 1 << 30)
+    launch = group_launch(rows_here, local, hidden, half, width, joined=True)
+    joined = launch.splits == 1
+    gated = multiply_groups(
+        x, gate_up, pairs.group_sizes, source=pairs.source, activation=activation if joined else None,
+        launch=launch, **options,
+    )  # fmt: skip
+    if not joined:
+        gated = activation.halves(gated.sum(axis=0).astype(x.dtype))
+    launch = group_launch(rows_here, local, down.shape[1], hidden, hidden)
+    rows = multiply_groups(gated, down, pairs.group_sizes, launch=launch, **options)
+    if launch.splits == 1:
+        rows = rows[None]
+    return combine_rows(rows, pairs.place, weights, pairs.group_sizes, dtype=x.dtype, interpret=interpret)

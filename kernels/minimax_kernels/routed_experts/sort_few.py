@@ -1,0 +1,57 @@
+"""Sorts few (token, expert) pairs by expert in one launch, where XLA takes four: one program compares and counts."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Int
+
+from minimax_kernels.routed_experts.sorting import SortedPairs
+from minimax_kernels.triton_call import Launch, next_power_of_two, triton_call
+
+MOST_CELLS = 1 << 14  # pairs times experts, in one program's registers
+LAUNCH = Launch(num_warps=8, num_stages=1)
+
+
+def can_sort_few(num_pairs: int, num_experts: int) -> bool:
+    """Whether `sort_few_pairs` takes so many."""
+    return 0 < next_power_of_two(num_pairs) * next_power_of_two(num_experts + 1) <= MOST_CELLS
+
+
+def sort_few_pairs(expert_ids: Int[Array, "T k"], num_experts: int, *, interpret: bool) -> SortedPairs:
+    """As `sort_pairs`."""
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    sizes, source, place = triton_call(
+        functools.partial(_sort_kernel, per_token=expert_ids.shape[1], num_experts=num_experts),
+        [expert_ids.reshape(-1)],
+        (shape((num_experts,)), shape((expert_ids.size,)), shape((expert_ids.size,))),
+        grid=(1,),
+        launch=LAUNCH,
+        name="sort_pairs",
+        interpret=interpret,
+    )
+    return SortedPairs(sizes, source, place.reshape(expert_ids.shape))
+
+
+def _sort_kernel(
+    ids_ref: Any, sizes_ref: Any, source_ref: Any, place_ref: Any, *, per_token: int, num_experts: int
+) -> None:
+    num_pairs = ids_ref.shape[0]
+    pair = jnp.arange(next_power_of_two(num_pairs), dtype=jnp.int32)
+    expert = jnp.arange(next_power_of_two(num_experts + 1), dtype=jnp.int32)
+    real = pair < num_pairs
+    ids = ids_ref[jnp.minimum(pair, num_pairs - 1)].astype(jnp.int32)
+    ids = jnp.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+    chosen = ((ids[:, None] == expert[None, :]) & real[:, None]).astype(jnp.int32)
+    sizes = jnp.sum(chosen, axis=0, dtype=jnp.int32)
+    starts = jnp.cumsum(sizes, dtype=jnp.int32) - sizes
+    earlier = jnp.cumsum(chosen, axis=0, dtype=jnp.int32) - chosen
+    place = jnp.sum(chosen * (starts[None, :] + earlier), axis=1, dtype=jnp.int32)
+    plgpu.store(sizes_ref.at[jnp.minimum(expert, num_experts)], sizes, mask=expert < num_experts)
+    plgpu.store(place_ref.at[jnp.minimum(pair, num_pairs)], place, mask=real)
+    plgpu.store(source_ref.at[jnp.where(real, place, num_pairs)], lax.div(pair, per_token), mask=real)

@@ -1,0 +1,116 @@
+"""One rank's random weights, drawn on the device: 8-bit ones as bytes, never as floats first."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from minimax_jax.checkpoint import STYLES, state_tensors
+from minimax_jax.config import MiniMaxM3Config
+from minimax_jax.model import abstract_model, split_model
+from minimax_jax.parallel import Layout
+from minimax_jax.tensor_table import MXFP8_BLOCK
+from minimax_kernels import Mxfp8
+
+WEIGHTS = ("mxfp8", "bf16")
+ROUTINGS = ("uniform", "skewed")
+_BYTES_RMS = 101.6  # of e4m3 numbers whose bytes are equally likely, NaN excepted
+_SKEW = 0.15  # standard deviation of the routers' biases, of which half make the choice; scores themselves have 0.2
+
+
+def weight_structs(layout: Layout, weights: str, dtype: DTypeLike) -> dict[str, Any]:
+    """Shapes and dtypes of one rank's weights by name; `Mxfp8` of them where they are in 8 bits.
+
+    Args:
+      weights: "mxfp8" or "bf16".
+      dtype: of everything that is neither in 8 bits nor a router.
+    """
+    tensors = state_tensors(layout.config, STYLES["vendor"])
+    _, whole = split_model(abstract_model(layout.config, dtype))
+    structs: dict[str, Any] = {}
+    for name, struct in whole.items():
+        shape = layout.local_shape(struct.shape, layout.splits(name))
+        if weights == "mxfp8" and all(piece.quantisable for piece in tensors[name].pieces):
+            layout.check_blocks({name: struct.shape})
+            scales = (*shape[:-2], shape[-2] // MXFP8_BLOCK, shape[-1])
+            structs[name] = Mxfp8(_struct(shape, jnp.float8_e4m3fn), _struct(scales, jnp.uint8))
+        else:
+            structs[name] = _struct(shape, struct.dtype)
+    return structs
+
+
+def draw_weights(config: MiniMaxM3Config, structs: Mapping[str, Any], routing: str, seed: int = 0) -> dict[str, Any]:
+    """Random weights of those shapes; matrices keep activations of about the size they get.
+
+    Args:
+      config: of the whole model, whose widths decide how large weights are.
+      routing: "uniform": routers choose all experts alike; "skewed": their biases favour some.
+    """
+    keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(structs))
+    state = {}
+    for key, (name, struct) in zip(keys, structs.items(), strict=True):
+        if isinstance(struct, Mxfp8):
+            state[name] = _draw_mxfp8(key, struct.shape, math.log2(_BYTES_RMS) + 0.5 * math.log2(_inputs(config, name)))
+        elif name.endswith("e_score_correction_bias"):
+            scale = _SKEW if routing == "skewed" else 0.0
+            state[name] = _draw(key, struct.shape, struct.dtype, scale)
+        elif len(struct.shape) == 1:
+            state[name] = jnp.zeros(struct.shape, struct.dtype)
+        else:
+            scale = 1.0 if name == "embed_tokens" else _inputs(config, name) ** -0.5
+            state[name] = _draw(key, struct.shape, struct.dtype, scale)
+    return state
+
+
+def routing_load(config: MiniMaxM3Config, state: Mapping[str, Any], experts: range, tokens: int = 4096) -> list[float]:
+    """Of random tokens' choices in the first layer with experts, the share that each of `experts` gets."""
+    layer = next((i for i in range(config.num_hidden_layers) if config.is_moe(i)), None)
+    if layer is None:
+        return []
+    gate = f"layers.{layer}.mlp.gate."
+    hidden = jax.random.normal(jax.random.key(1), (tokens, config.hidden_size))
+    scores = jax.nn.sigmoid(hidden @ state[gate + "weight"]) + state[gate + "e_score_correction_bias"]
+    chosen = jax.lax.top_k(scores, config.num_experts_per_tok)[1]
+    counts = jnp.bincount(chosen.reshape(-1), length=config.num_local_experts)
+    shares = [float(count) for count in counts / chosen.size]
+    return [shares[expert] for expert in experts]
+
+
+def _struct(shape: tuple[int, ...], dtype: Any) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _inputs(config: MiniMaxM3Config, name: str) -> int:
+    """Inputs of a matrix in the whole model, over all ranks."""
+    if name.endswith("self_attn.o_proj"):
+        return config.num_attention_heads * config.head_dim
+    if name.endswith("down_proj"):
+        if ".experts." in name:
+            return config.intermediate_size
+        return config.shared_intermediate_size if "shared" in name else config.dense_intermediate_size
+    return config.hidden_size
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _draw(key: jax.Array, shape: tuple[int, ...], dtype: Any, scale: jax.Array) -> jax.Array:
+    return (jax.random.normal(key, shape, dtype) * scale).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _draw_mxfp8(key: jax.Array, shape: tuple[int, ...], exponent: jax.Array) -> Mxfp8:
+    """Bytes that are no NaN, with scales of one of three neighbouring powers of two around 2 ** -exponent."""
+    values, scales = jax.random.split(key)
+    words = jax.random.bits(values, (*shape[:-1], shape[-1] // 4), jnp.uint32)
+    codes = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(shape)
+    codes = jnp.where(codes & 0x7F == 0x7F, codes ^ 1, codes)
+    around = jax.random.randint(scales, (*shape[:-2], shape[-2] // MXFP8_BLOCK, shape[-1]), -1, 2)
+    return Mxfp8(
+        jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn),
+        (127 - jnp.round(exponent).astype(jnp.int32) + around).astype(jnp.uint8),
+    )

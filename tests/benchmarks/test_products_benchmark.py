@@ -1,0 +1,61 @@
+"""The benchmark of products with weights, on a CPU at small sizes."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import time
+from pathlib import Path
+
+from benchmarks.floors import Ceilings
+from benchmarks.products.cases import LOCAL, Case, all_cases, candidates
+from benchmarks.products.run import run_cases
+from minimax_kernels.matmul_launches import matmul_launch
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_products.py"
+
+
+def test_work_counts_what_is_read_once_and_experts_with_rows_only():
+    case = Case("matmul", "o", 64)
+    weight = 1024 * 6144 * (1 + 1 / 32)
+    assert case.work().bytes == weight + 2 * 64 * (1024 + 6144) and case.work().flops == 2 * 64 * 1024 * 6144
+    expert = Case("joined", "gate_up", 64)
+    sizes = [3] + [0] * (LOCAL - 2) + [1]
+    assert expert.work(sizes).bytes == 2 * 6144 * 6144 * (1 + 1 / 32) + 2 * 4 * (6144 + 3072)
+
+
+def test_candidates_fit_their_weights():
+    for case in all_cases():
+        found = candidates(case)
+        assert found[0] == case.launch and 3 <= len(found) == len(set(found)) <= 10
+        for launch in found:
+            assert case.inputs % launch.block_k == 0 and launch.splits <= case.inputs // launch.block_k
+            assert all(width % launch.block_n == 0 for width in case.widths)
+
+
+def test_a_case_is_checked_and_timed_and_its_table_is_read_back(tmp_path, monkeypatch):
+    case = Case("matmul", "shared_down", 1, shrink=4)
+    lines: list[str] = []
+    best, rows = run_cases(
+        [case], Ceilings(1e9, 1e9), time.monotonic() + 60, lines.append, interpret=True, quick=True
+    )  # fmt: skip
+    (row,) = rows
+    assert row.us > 0 and not row.refused and 0 <= row.error < 0.01 and math.isfinite(row.gb_per_s)
+    assert best == {("matmul", 96, 1536, 1): row.launch}
+    spec = importlib.util.spec_from_file_location("bench_products", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    chosen = (16, 16, 32, 2, 8, 5)
+    namespace: dict = {}
+    exec(script.table_text({**best, case.key: chosen}), namespace)
+    monkeypatch.setattr("minimax_kernels.matmul_launches.PRODUCTS", namespace["PRODUCTS"])
+    launch = matmul_launch(1, 96, 512, 1536)
+    assert (launch.block_m, launch.block_n, launch.block_k, launch.splits) == chosen[:4]
+    assert (launch.launch.num_warps, launch.launch.num_stages) == chosen[4:]
+    assert matmul_launch(1, 96, 8, 1536).block_n == 8  # widths that the measured tile does not divide
+
+
+def test_no_case_begins_after_the_deadline():
+    lines: list[str] = []
+    best, rows = run_cases([Case("matmul", "o", 1, shrink=4)], Ceilings(1, 1), 0.0, lines.append, interpret=True)
+    assert not best and not rows and "left out for lack of time: o 1 tokens" in lines[0]

@@ -1,0 +1,97 @@
+"""add_norm, choose_experts and the sorting of pairs, in Pallas's interpreter and in plain jnp, against NumPy."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import minimax_kernels as mk
+from minimax_kernels.routed_experts.sort_few import can_sort_few, sort_few_pairs
+from minimax_kernels.routed_experts.sorting import sort_pairs
+
+EXAMPLES = settings(max_examples=20, deadline=None)
+IMPLS = ["reference", "pallas_triton_interpret"]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("tokens", "dtype"), [(0, "float32"), (3, "float32"), (9, "bfloat16")])
+def test_add_norm(impl, tokens, dtype):
+    random = np.random.default_rng(tokens)
+    x, update = (jnp.asarray(random.standard_normal((tokens, 96)), dtype) for _ in range(2))
+    weight = jnp.asarray(random.standard_normal(96), dtype)
+    total, normed = mk.add_norm(x, update, weight, eps=1e-5, impl=impl)
+    assert total.dtype == normed.dtype == x.dtype
+    np.testing.assert_array_equal(total, x + update)
+    wide = np.asarray(total, np.float64)
+    expected = wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + 1e-5) * (1 + np.asarray(weight, np.float64))
+    tolerance = 1e-6 if dtype == "float32" else 2**-8
+    np.testing.assert_allclose(np.asarray(normed, np.float64), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("experts", [128, 6])
+def test_choose_experts(impl, experts):
+    """Ties go to the lower id, the bias takes part in the choice only, and the last tile of tokens is not full."""
+    run = jax.jit(functools.partial(mk.choose_experts, num_chosen=4, scale=2.0, impl=impl))
+
+    @EXAMPLES
+    @given(seed=st.integers(0, 1000), levels=st.sampled_from([3, 1000]))
+    def check(seed, levels):
+        random = np.random.default_rng(seed)
+        logits = (random.integers(-levels, levels, (13, experts)) / levels * 3).astype(np.float32)
+        bias = (random.integers(-2, 3, experts) / 4).astype(np.float32)
+        ids, weights = run(logits, bias)
+        scores = np.asarray(jax.nn.sigmoid(logits))
+        expected = np.argsort(-(scores + bias), axis=1, kind="stable")[:, :4]
+        np.testing.assert_array_equal(ids, expected)
+        chosen = np.take_along_axis(scores, expected, axis=1).astype(np.float64)
+        np.testing.assert_allclose(weights, 2 * chosen / chosen.sum(axis=1, keepdims=True), rtol=1e-6)
+
+    check()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_nan_logit_makes_weights_of_nan_and_ids_that_exist(impl):
+    logits = jnp.zeros((2, 8)).at[1, 5].set(jnp.nan)
+    ids, weights = mk.choose_experts(logits, jnp.zeros(8), num_chosen=3, impl=impl)
+    assert np.isfinite(weights[0]).all() and np.isnan(weights[1]).all()
+    assert (np.asarray(ids) >= 0).all() and (np.asarray(ids) < 8).all()
+    assert len(set(np.asarray(ids)[1].tolist())) == 3
+
+
+def sort_in_numpy(ids, experts):
+    flat = np.where((ids >= 0) & (ids < experts), ids, experts).reshape(-1)
+    order = np.argsort(flat, kind="stable")
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return np.bincount(flat, minlength=experts + 1)[:experts], order // ids.shape[1], place.reshape(ids.shape)
+
+
+@pytest.mark.parametrize(
+    ("way", "tokens", "experts"),
+    [("one program", 1, 16), ("one program", 30, 5), ("XLA", 1, 16), ("XLA", 30, 5), ("XLA", 200, 16)],
+)
+def test_sorted_pairs(way, tokens, experts):
+    if way == "one program":
+        run = jax.jit(lambda ids: sort_few_pairs(ids, experts, interpret=True))
+    else:
+        run = jax.jit(lambda ids: sort_pairs(ids, experts))
+
+    @EXAMPLES
+    @given(seed=st.integers(0, 1000), spread=st.sampled_from([1, 2, 40]))
+    def check(seed, spread):
+        ids = np.random.default_rng(seed).integers(-2, spread, (tokens, 3)).astype(np.int32)
+        for found, expected in zip(run(ids), sort_in_numpy(ids, experts), strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+    check()
+
+
+def test_one_program_takes_a_decode_steps_pairs_and_no_prompts():
+    assert can_sort_few(64 * 4, 16) and can_sort_few(4, 128) and not can_sort_few(8192 * 4, 16)
