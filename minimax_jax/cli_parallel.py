@@ -44,6 +44,19 @@ def add_parallel(parser: argparse.ArgumentParser) -> None:
         help="ranks of a group keep and score a part of the index keys each; the same tokens (default: off)",
     )
     add(
+        "--hosts",
+        type=integer(1),
+        default=1,
+        metavar="N",
+        help="hosts that the --attention-dp groups are on: tokens go between them once (default: 1, not told apart)",
+    )
+    add(
+        "--all-to-all-tokens",
+        type=integer(1),
+        metavar="N",
+        help="steps of N tokens or more, of all groups, send each only to the ranks of its experts (default: none)",
+    )
+    add(
         "--cpu-devices",
         type=integer(1),
         metavar="N",
@@ -90,7 +103,14 @@ def parallel_config(args: argparse.Namespace) -> ParallelConfig:
     expert = args.ep
     if expert is None:
         expert = args.tp * args.attention_dp if args.attention_dp > 1 else 1
-    return ParallelConfig(args.tp, expert, args.attention_dp, split_index_keys=args.split_index_keys)
+    return ParallelConfig(
+        args.tp,
+        expert,
+        args.attention_dp,
+        split_index_keys=args.split_index_keys,
+        hosts=args.hosts,
+        all_to_all_tokens=args.all_to_all_tokens,
+    )
 
 
 @contextmanager

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -23,15 +21,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-LAUNCH = [sys.executable, str(ROOT / "scripts" / "launch.py")]
-COMMAND = [sys.executable, "-m", "minimax_jax"]
+sys.path[:0] = [str(ROOT)]
+
+from benchmarks.multi_gpu.launching import environment, kill_one, over_devices  # noqa: E402
+
 PROMPT = "And it came to pass, that the kernel"
 LAYOUTS = {
     2: ("2,2,1", "1,2,2"),
     4: ("4,4,1", "2,4,2", "1,4,4"),
     8: ("8,8,1", "4,8,1", "2,8,4", "1,8,8"),
 }
-KILL_LIMIT = 60  # seconds in which the others must end
 START = time.monotonic()
 
 
@@ -55,23 +54,15 @@ def say(text: str) -> None:
     print(f"[{time.monotonic() - START:6.1f} s] {text}", flush=True)
 
 
-def environment() -> dict[str, str]:
-    """This repository's packages, wherever the commands run."""
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-
-
 def command(args: argparse.Namespace, what: list[str], layout: str, processes: int) -> list[str]:
     """`minimax-jax` with a layout, in so many processes."""
-    tensor, expert, data = layout.split(",")
-    each = max(int(tensor) * int(data), int(expert)) // processes
-    full = [*COMMAND, *what, "--model", args.model, "--tp", tensor, "--ep", expert, "--attention-dp", data]
-    if args.cpu:
-        full += ["--cpu-devices", str(each)]
-    if processes == 1:
-        return full
-    devices = [] if args.cpu else ["--devices-per-process", str(each)]
-    return [*LAUNCH, "--processes", str(processes), *devices, "--", *full]
+    return over_devices("minimax_jax", [*what, "--model", args.model], sizes_of(layout), processes, cpu=args.cpu)
+
+
+def sizes_of(layout: str) -> tuple[int, int, int]:
+    """tensor, expert, attention_data."""
+    tensor, expert, data = map(int, layout.split(","))
+    return tensor, expert, data
 
 
 def run(args: argparse.Namespace, name: str, argv: list[str]) -> tuple[str | None, str]:
@@ -106,41 +97,6 @@ def measure(args: argparse.Namespace, name: str, layout: str, processes: int) ->
     return {"error": wrong} if wrong else json.loads((folder / "bench.json").read_text())
 
 
-def process_of(launcher: int, number: str) -> int:
-    """The id of one of the launcher's processes."""
-    for folder in Path("/proc").iterdir():
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            argv = (folder / "cmdline").read_bytes().decode().split("\0")
-        except (OSError, ValueError, IndexError):  # no process, or one that has ended meanwhile
-            continue
-        if parent == launcher and "--process-id" in argv and argv[argv.index("--process-id") + 1] == number:
-            return int(folder.name)
-    raise ProcessLookupError(f"process {number} of the run")
-
-
-def kill_one(args: argparse.Namespace, layout: str) -> dict[str, Any]:
-    """Kills the last process of a long generation, and times the others' end."""
-    what = ["generate", "--prompt", PROMPT, "--max-new-tokens", "3000", "--temperature", "0", "--ignore-eos"]
-    argv = command(args, what, layout, args.devices)
-    number = str(args.devices - 1)
-    with (args.out / "kill.err").open("w+") as err:
-        started = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=err, env=environment())
-        assert started.stdout is not None
-        begun = started.stdout.read(1)  # tokens come
-        at = time.monotonic()
-        os.kill(process_of(started.pid, number), signal.SIGKILL)
-        try:
-            started.communicate(timeout=KILL_LIMIT)
-        except subprocess.TimeoutExpired:
-            started.send_signal(signal.SIGINT)
-            started.communicate()
-        seconds = time.monotonic() - at
-        err.seek(0)
-        named = f"process {number} of {args.devices}" in err.read()
-    return {"seconds": seconds, "named": named, "fine": bool(begun) and named and seconds < KILL_LIMIT}
-
-
 def main() -> int:
     """Runs everything; what is done is on disk even if a later part fails."""
     args = arguments()
@@ -168,7 +124,7 @@ def main() -> int:
             report["runs"].append(entry)
             (args.out / "parallel.json").write_text(json.dumps(report, indent=1) + "\n")
     say(f"killing one of {args.devices} processes ...")
-    report["kill"] = kill_one(args, layouts[0])
+    report["kill"] = kill_one(sizes_of(layouts[0]), args.devices, args.out, cpu=args.cpu, model=args.model)
     say(f"  the others ended after {report['kill']['seconds']:.1f} s; named: {report['kill']['named']}")
     (args.out / "parallel.json").write_text(json.dumps(report, indent=1) + "\n")
     return 0 if fine and report["kill"]["fine"] else 1

@@ -9,6 +9,7 @@
 # Two hosts with eight GPUs each, a process a GPU:
 #
 #   sbatch scripts/launch_slurm.sh generate --model DIR --tp 8 --ep 16 --prompt "..."
+#   sbatch scripts/launch_slurm.sh bench --model DIR --tp 8 --ep 16 --attention-dp 2 --hosts 2 --out results
 #   sbatch --nodes=1 scripts/launch_slurm.sh bench --model DIR --tp 8 --ep 8 --out results
 #
 # Arguments are those of `minimax-jax`; --distributed slurm is added. Submit from the repository's root, where .venv is

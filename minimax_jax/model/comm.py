@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+Experts: TypeAlias = Callable[
+    [Float[Array, "S H"], Int[Array, "S k"], Float[Array, "S k"]], Float[Array, "S H"]
+]  # rows, local expert ids, weights -> each row's weighted sum
 
 
 class Comm:
@@ -38,15 +45,22 @@ class Comm:
         """Sees every routing decision of layer `layer_id`, in global expert ids, before tokens are dispatched."""
         return expert_ids, weights
 
-    def dispatch(
-        self, x: Float[Array, "T H"], expert_ids: Int[Array, "T k"], weights: Float[Array, "T k"]
-    ) -> tuple[Float[Array, "S H"], Int[Array, "S k"], Float[Array, "S k"]]:
-        """Brings tokens to the ranks of their experts: rows, local expert ids and weights to work on here."""
-        return x, expert_ids, weights
+    def run_experts(
+        self,
+        experts: Experts,
+        x: Float[Array, "T H"],
+        expert_ids: Int[Array, "T k"],
+        weights: Float[Array, "T k"],
+        shared: Callable[[Float[Array, "T H"]], Float[Array, "T H"]],
+    ) -> Float[Array, "T H"]:
+        """Brings tokens to the ranks of their experts, runs `experts` on what is there, brings the sums back, and adds.
 
-    def combine(self, y: Float[Array, "S H"]) -> Float[Array, "T H"]:
-        """Brings the experts' sums back to the tokens' ranks."""
-        return y
+        Args:
+          experts: takes rows, local expert ids and weights; an id from the number of local experts on stands for none.
+          expert_ids: of all ranks' experts.
+          shared: what every token gets besides, from where it is; may run while sums come back.
+        """
+        return experts(x, expert_ids, weights) + shared(x)
 
 
 SINGLE_DEVICE = Comm()

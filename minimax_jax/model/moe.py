@@ -79,5 +79,4 @@ class MoE(nnx.Module):
         if record is not None:
             record.router_logits.append(logits)
         expert_ids, weights = comm.route(self.layer_id, *self.gate.choose(logits))
-        routed = comm.combine(self.experts(*comm.dispatch(x, expert_ids, weights)))
-        return routed + self.shared_experts(x)
+        return comm.run_experts(self.experts, x, expert_ids, weights, self.shared_experts)

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minimax_jax.model.comm import Comm
-from minimax_jax.parallel.config import DATA, EXPERTS, HEADS, TOKENS, ParallelConfig
+from minimax_jax.model.comm import Comm, Experts
+from minimax_jax.parallel.config import HEADS, TOKENS, ParallelConfig
+from minimax_jax.parallel.expert_dispatch import ExpertDispatch
 
 
 class MeshComm(Comm):
-    """What a rank says to the others: two sums a layer, and with attention data parallelism a gather and a scatter.
+    """What a rank says to the others: two sums a layer, and with attention data parallelism what experts need.
 
-    Tokens go to the ranks of their experts all together (all-gather over the data ranks; ranks that hold the same
-    tokens have them already), and each rank works on those that chose its experts. So none is ever dropped.
+    Tokens go to the ranks of their experts as `ExpertDispatch` says.
     """
 
     def __init__(self, parallel: ParallelConfig, experts_per_rank: int):
-        self._experts_per_rank = experts_per_rank
-        sizes = parallel.axis_sizes
-
-        def real(axes: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple(axis for axis in axes if sizes[axis] > 1)
-
         # over axes of one rank nothing need be said
-        self._heads, self._tokens, self._experts, self._data = map(real, (HEADS, TOKENS, EXPERTS, (DATA,)))
+        self._heads, self._tokens = parallel.real(HEADS), parallel.real(TOKENS)
+        self._dispatch = ExpertDispatch(parallel, experts_per_rank)
 
     def lookup(self, table: Float[Array, "V H"], input_ids: Int[Array, "T"]) -> Float[Array, "T H"]:
         """Each rank looks up the ids of its part of the vocabulary; the sum has all."""
@@ -58,21 +55,13 @@ class MeshComm(Comm):
         winner = jnp.argmax(jax.lax.bitcast_convert_type(values, jnp.float32), axis=0)
         return jnp.take_along_axis(ids, winner[None], axis=0)[0]
 
-    def dispatch(
-        self, x: Float[Array, "T H"], expert_ids: Int[Array, "T k"], weights: Float[Array, "T k"]
-    ) -> tuple[Float[Array, "S H"], Int[Array, "S k"], Float[Array, "S k"]]:
-        """All tokens; ids of experts elsewhere become `experts_per_rank`, which no expert has."""
-        if self._data:
-            x = jax.lax.all_gather(x, self._data, tiled=True)
-            choices = jnp.stack([expert_ids, jax.lax.bitcast_convert_type(weights, jnp.int32)], axis=1)
-            choices = jax.lax.all_gather(choices, self._data, tiled=True)
-            expert_ids, weights = choices[:, 0], jax.lax.bitcast_convert_type(choices[:, 1], jnp.float32)
-        if self._experts:
-            local = expert_ids - jax.lax.axis_index(self._experts) * self._experts_per_rank
-            held = (local >= 0) & (local < self._experts_per_rank)
-            expert_ids = jnp.where(held, local, self._experts_per_rank)
-        return x, expert_ids, weights
-
-    def combine(self, y: Float[Array, "S H"]) -> Float[Array, "T H"]:
-        """Sums over the data ranks, each of which keeps its tokens; `sum_mlp` does the rest, shared expert included."""
-        return jax.lax.psum_scatter(y, self._data, tiled=True) if self._data else y
+    def run_experts(
+        self,
+        experts: Experts,
+        x: Float[Array, "T H"],
+        expert_ids: Int[Array, "T k"],
+        weights: Float[Array, "T k"],
+        shared: Callable[[Float[Array, "T H"]], Float[Array, "T H"]],
+    ) -> Float[Array, "T H"]:
+        """See `ExpertDispatch`; `sum_mlp` does the rest, shared expert included."""
+        return self._dispatch(experts, x, expert_ids, weights, shared)

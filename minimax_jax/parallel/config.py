@@ -8,10 +8,12 @@ from minimax_jax.config import MiniMaxM3Config
 
 TENSOR_SIZES = (1, 2, 4, 8)
 
-DATA, REPLICA, OUTER, INNER = AXES = ("data", "replica", "outer", "inner")
-# Ranks that share a request's heads; ranks that hold the same tokens; ranks that experts are dealt to; ranks that
-# split each of their experts. Every one is a run of the mesh's axes, so one mesh serves attention and experts.
-HEADS, TOKENS, EXPERTS, WIDTH = (OUTER, INNER), (REPLICA, OUTER, INNER), (DATA, REPLICA, OUTER), (INNER,)
+HOST, DATA, REPLICA, OUTER, INNER = AXES = ("host", "data", "replica", "outer", "inner")
+# Groups with requests of their own (data ranks); ranks that share a request's heads; ranks that hold the same tokens;
+# ranks that experts are dealt to; ranks that split each of their experts. Every one is a run of the mesh's axes, so one
+# mesh serves attention and experts.
+REQUESTS, HEADS, TOKENS = (HOST, DATA), (OUTER, INNER), (REPLICA, OUTER, INNER)
+EXPERTS, WIDTH = (HOST, DATA, REPLICA, OUTER), (INNER,)
 
 
 class ParallelError(ValueError):
@@ -33,6 +35,11 @@ class ParallelConfig:
       split_index_keys: whether ranks that share heads also share out the index keys, each scoring its part for all
         heads; without it each has and scores all of them. Tokens are the same. Off by default: it costs two small
         exchanges in each sparse layer, which long contexts win back and short ones do not.
+      hosts: among which the `attention_data` groups are dealt, so that tokens go between hosts once, then to the ranks
+        of a host over its own links. JAX's devices must be in the order of the hosts, as many on each. 1 does not tell
+        hosts apart. Tokens are the same but for rounding.
+      all_to_all_tokens: steps of so many tokens or more, those of all groups and padding included, send each token
+        to the ranks of its experts only, others to all ranks. None for never.
 
     Raises:
       ParallelError: on construction, if the sizes do not fit each other; lists everything.
@@ -42,17 +49,23 @@ class ParallelConfig:
     expert: int = 1
     attention_data: int = 1
     split_index_keys: bool = False
+    hosts: int = 1
+    all_to_all_tokens: int | None = None
 
     def __post_init__(self) -> None:
         found = []
-        for key in ("tensor", "expert", "attention_data"):
+        for key in ("tensor", "expert", "attention_data", "hosts", "all_to_all_tokens"):
             value = getattr(self, key)
+            if value is None and key == "all_to_all_tokens":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 found.append(f"{key} = {value!r}: must be an integer >= 1")
             elif key == "tensor" and value not in TENSOR_SIZES:
                 found.append(f"tensor = {value}: must be one of {', '.join(map(str, TENSOR_SIZES))}")
         if not found and self.expert % self.attention_data:
             found.append(f"expert = {self.expert}: must be a multiple of attention_data = {self.attention_data}")
+        if not found and self.attention_data % self.hosts:
+            found.append(f"hosts = {self.hosts}: must divide attention_data = {self.attention_data}")
         split: object = self.split_index_keys
         if not isinstance(split, bool):
             found.append(f"split_index_keys = {split!r}: must be True or False")
@@ -73,7 +86,8 @@ class ParallelConfig:
         """Sizes of the mesh's axes, by name and in order; rank r is place r in row-major order."""
         replicas = self.num_devices // (self.tensor * self.attention_data)
         inner = self.num_devices // self.expert
-        return dict(zip(AXES, (self.attention_data, replicas, self.tensor // inner, inner), strict=True))
+        data = self.attention_data // self.hosts
+        return dict(zip(AXES, (self.hosts, data, replicas, self.tensor // inner, inner), strict=True))
 
     def size(self, axes: tuple[str, ...]) -> int:
         """Ranks along some axes together."""
@@ -81,6 +95,10 @@ class ParallelConfig:
         for axis in axes:
             count *= sizes[axis]
         return count
+
+    def real(self, axes: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of the axes that have more than one rank: over the others nothing need be said."""
+        return tuple(axis for axis in axes if self.axis_sizes[axis] > 1)
 
     def check(self, config: MiniMaxM3Config, num_devices: int) -> None:
         """Whether a model can be spread so; to be asked before anything loads.
@@ -104,6 +122,8 @@ class ParallelConfig:
         shared = ("vocab_size", "dense_intermediate_size", "shared_intermediate_size")
         found += _dividing(config, f"ranks with the same tokens ({' * '.join(TOKENS)})", self.size(TOKENS), shared)
         found += _dividing(config, "ranks to an expert", self.size(WIDTH), ("intermediate_size",))
+        if self.hosts > 1:
+            found += _dividing(config, "ranks with the same tokens", self.size(TOKENS), ("hidden_size",))
         _raise_if(found)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from minimax_jax.config import MiniMaxM3Config
-from minimax_jax.parallel.config import AXES, DATA, EXPERTS, HEADS, TOKENS, WIDTH, ParallelConfig, ParallelError
+from minimax_jax.parallel.config import AXES, EXPERTS, HEADS, REQUESTS, TOKENS, WIDTH, ParallelConfig, ParallelError
 from minimax_jax.tensor_table import MXFP8_BLOCK
 
 Range = tuple[int, int]
@@ -61,9 +61,9 @@ RULES = (
     Rule(r"gate\.(weight|e_score_correction_bias)"),
     Rule(r"(\w*norm)\.weight"),
 )
-KV_CACHE = (Split(0, (DATA,)), Split(1, HEADS, heads="num_key_value_heads"))
-INDEX_CACHE = (Split(0, (DATA,)),)
-SPLIT_INDEX_CACHE = (Split(0, (DATA,)), Split(1, HEADS))  # the keys of a page, see `key_stripes`
+KV_CACHE = (Split(0, REQUESTS), Split(1, HEADS, heads="num_key_value_heads"))
+INDEX_CACHE = (Split(0, REQUESTS),)
+SPLIT_INDEX_CACHE = (Split(0, REQUESTS), Split(1, HEADS))  # the keys of a page, see `key_stripes`
 
 
 @dataclasses.dataclass(frozen=True)

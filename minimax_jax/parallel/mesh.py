@@ -36,7 +36,7 @@ def check_processes(parallel: ParallelConfig) -> None:
     """Whether a layout takes all devices of several processes: one without a part could not run the others' steps.
 
     Raises:
-      ParallelError: if there are several processes and it does not.
+      ParallelError: if there are several processes and it does not, or they cannot be on as many hosts as it names.
     """
     processes, devices = jax.process_count(), len(jax.devices())
     if processes > 1 and parallel.num_devices != devices:
@@ -45,3 +45,5 @@ def check_processes(parallel: ParallelConfig) -> None:
             f"{parallel.num_devices} devices, must be the {devices} of all {processes} processes (this one has "
             f"{len(jax.local_devices())})"
         )
+    if processes > 1 and processes % parallel.hosts:
+        raise ParallelError(f"hosts = {parallel.hosts}: must divide the {processes} processes, each of which is on one")

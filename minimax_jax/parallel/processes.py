@@ -25,6 +25,7 @@ LOST_PROCESS = 3  # exit code
 VERDICT = 3.0  # seconds; a peer's end makes steps fail, and may be known only after that
 _MEETING_BYTES = 4096
 _ABORT_MARGIN = 30  # seconds
+MEETING = 120  # seconds from when all have come until they watch each other; meanwhile devices start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,10 +158,8 @@ def start_processes(config: ProcessesConfig, *, on_end: Callable[[Ending], None]
     # JAX would abort with a stack trace
     whom = "the cluster names" if config.num_processes is None else f"num_processes = {config.num_processes} names"
     text = f"not all the processes that {whom} have come together within {config.start_timeout} s"
-    late = Ending(text if config.coordinator is None else f"{text} at {config.coordinator}", LOST_PROCESS)
-    waiting = threading.Timer(config.start_timeout, on_end, (late,))
-    waiting.daemon = True
-    waiting.start()
+    where = "" if config.coordinator is None else f" at {config.coordinator}"
+    waiting = _end_after(config.start_timeout, on_end, f"{text}{where}")
     try:
         jax.distributed.initialize(
             config.coordinator,
@@ -185,6 +184,10 @@ def start_processes(config: ProcessesConfig, *, on_end: Callable[[Ending], None]
     except BaseException:
         waiting.cancel()
         raise
+    waiting.cancel()
+    meeting = min(config.start_timeout, max(MEETING, config.peer_timeout))
+    text = f"all processes have come, but did not meet within {meeting} s: one of them may hang at its devices"
+    waiting = _end_after(meeting, on_end, text)
     hosts = [] if config.coordinator is None else [config.coordinator.rpartition(":")[0].strip("[]")]
     try:
         index, count = jax.process_index(), jax.process_count()
@@ -204,6 +207,14 @@ def start_processes(config: ProcessesConfig, *, on_end: Callable[[Ending], None]
     finally:
         waiting.cancel()
     return Processes(index, count, lifeline)
+
+
+def _end_after(seconds: float, on_end: Callable[[Ending], None], text: str) -> threading.Timer:
+    """Ends the run then, unless it is cancelled: this process's main thread may wait for another one that hangs."""
+    timer = threading.Timer(seconds, on_end, (Ending(text, LOST_PROCESS),))
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def end_process(ending: Ending) -> NoReturn:

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from minimax_jax.cache import CachePlacement, PagedCaches
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.parallel.comm import MeshComm
-from minimax_jax.parallel.config import AXES, DATA, HEADS, TOKENS, ParallelConfig
+from minimax_jax.parallel.config import AXES, HEADS, REQUESTS, TOKENS, ParallelConfig
 from minimax_jax.parallel.index_split import IndexSplit
 from minimax_jax.parallel.layout import KV_CACHE, Layout, Range, boxes, part_shape
 from minimax_jax.parallel.mesh import make_mesh
@@ -49,9 +49,9 @@ class Ranks:
         self.comm = MeshComm(parallel, self.layout.experts_per_rank)
         self.index_split = _index_split(config, parallel)
         self.groups = parallel.attention_data
-        self.rows, self.columns = PartitionSpec(DATA), PartitionSpec(None, DATA)
+        self.rows, self.columns = PartitionSpec(REQUESTS), PartitionSpec(None, REQUESTS)
         self.carried = PartitionSpec(AXES)
-        self.logits = PartitionSpec(DATA, TOKENS)
+        self.logits = PartitionSpec(REQUESTS, TOKENS)
 
     def global_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the global array of a weight that has `shape` in the whole model."""

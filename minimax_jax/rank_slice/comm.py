@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minimax_jax.model.comm import Comm
+from minimax_jax.model.comm import Comm, Experts
 
 
 class SliceComm(Comm):
@@ -40,13 +42,18 @@ class SliceComm(Comm):
     def argmax_vocab(self, logits: Float[Array, "T V"]) -> Int[Array, "T"]:
         return super().argmax_vocab(logits) + self._place * logits.shape[1]
 
-    def dispatch(
-        self, x: Float[Array, "T H"], expert_ids: Int[Array, "T k"], weights: Float[Array, "T k"]
-    ) -> tuple[Float[Array, "S H"], Int[Array, "S k"], Float[Array, "S k"]]:
-        """All tokens; ids of experts elsewhere become the number of experts here, which none has."""
+    def run_experts(
+        self,
+        experts: Experts,
+        x: Float[Array, "T H"],
+        expert_ids: Int[Array, "T k"],
+        weights: Float[Array, "T k"],
+        shared: Callable[[Float[Array, "T H"]], Float[Array, "T H"]],
+    ) -> Float[Array, "T H"]:
+        """All tokens are here; ids of experts elsewhere become the number of experts here, which none has."""
         local = expert_ids - self._expert_place * self._experts
         held = (local >= 0) & (local < self._experts)
-        return x, jnp.where(held, local, self._experts), weights
+        return experts(x, jnp.where(held, local, self._experts), weights) + shared(x)
 
 
 def _copied(x: Float[Array, "T H"]) -> Float[Array, "T H"]:

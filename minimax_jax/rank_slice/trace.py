@@ -15,13 +15,14 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One kernel: name, stream, start and length in microseconds, and the module it is of, if the profiler says it."""
+    """One kernel: name, stream, start and length in microseconds, its module if the profiler says it, its device."""
 
     name: str
     stream: str
     start: float
     length: float
     module: str = ""
+    device: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +52,14 @@ def profile(run: Callable[[], Any]) -> list[Launch]:
 
 
 def read_launches(trace: dict) -> list[Launch]:
-    """Events on the streams of a device."""
-    devices, threads = set(), {}
+    """Events on the streams of all devices."""
+    devices, threads = {}, {}
     for event in trace.get("traceEvents", []):
         if event.get("ph") != "M":
             continue
         name = str(event.get("args", {}).get("name", ""))
         if event.get("name") == "process_name" and "GPU" in name:
-            devices.add(event["pid"])
+            devices[event["pid"]] = name
         elif event.get("name") == "thread_name":
             threads[event["pid"], event["tid"]] = name
     launches = [
@@ -68,6 +69,7 @@ def read_launches(trace: dict) -> list[Launch]:
             float(event["ts"]),
             float(event.get("dur", 0.0)),
             str(event.get("args", {}).get("hlo_module", "")),
+            devices[event["pid"]],
         )
         for event in trace.get("traceEvents", [])
         if event.get("ph") == "X"

@@ -3,6 +3,8 @@
 import math
 import re
 
+import numpy as np
+
 COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|reduce-scatter|(?:ragged-)?all-to-all|collective-\w+)(?:-start)?\("
 )
@@ -14,4 +16,21 @@ def collectives(text):
     for shapes, kind in COLLECTIVE.findall(text):
         sizes = [math.prod(map(int, dims.split(","))) if dims else 1 for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)]
         found.append((kind, max(sizes)))
+    return found
+
+
+def replica_groups(text):
+    """(kind, groups of ranks) of each, groups as tuples."""
+    found = []
+    for line in text.splitlines():
+        if (match := COLLECTIVE.search(line)) is None:
+            continue
+        if listed := re.search(r"replica_groups=\{(\{.*?\})\}", line):
+            groups = [tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+        else:  # in short: [groups, size]<=[shape]T(order)
+            short = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
+            shape, dims, order = ([int(x) for x in part.split(",")] if part else None for part in short.groups())
+            ranks = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape)
+            groups = [tuple(group) for group in ranks.tolist()]
+        found.append((match[2], tuple(groups)))
     return found

@@ -95,9 +95,15 @@ def stored_bytes(directory, sizes, ranks, itemsize=2):
 
 
 def cases(layouts: list[tuple[int, int, int]], often: list[tuple[int, int, int]]) -> list:
-    """Parameters of a test; all that are not in `often` are marked slow, since each compiles for seconds."""
-    marks = {True: (), False: (pytest.mark.slow,)}
-    return [pytest.param(sizes, id=name_of(sizes), marks=marks[sizes in often]) for sizes in layouts]
+    """Parameters of a test; all that are not in `often` are marked slow, since each compiles for seconds.
+
+    Few expert ranks alone are marked long: mixed layouts have as few, and one rank's heads are one device's.
+    """
+
+    def marks(sizes):
+        return () if sizes in often else pytest.mark.long if sizes in EXPERT[:2] else pytest.mark.slow
+
+    return [pytest.param(sizes, id=name_of(sizes), marks=marks(sizes)) for sizes in layouts]
 
 
 def name_of(sizes: tuple[int, int, int]) -> str:

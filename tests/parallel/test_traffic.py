@@ -9,7 +9,7 @@ from parallel_models import LAYOUTS, name_of
 from minimax_jax import MiniMaxM3Config
 from minimax_jax.model import abstract_model, split_model
 from minimax_jax.parallel import ParallelConfig
-from minimax_jax.parallel.traffic import layer_traffic, weight_bytes_read
+from minimax_jax.parallel.traffic import layer_traffic, rank_chance, weight_bytes_read
 
 DOCS = (Path(__file__).resolve().parents[2] / "docs" / "parallel.md").read_text(encoding="utf-8")
 HBM = {8: 4.8e12, 16: 3.35e12}  # H200, H100: bytes/s
@@ -41,6 +41,23 @@ def test_the_documentations_moves_are_what_the_formula_gives():
         counts = (traffic.attention, traffic.experts, traffic.between_hosts, traffic.collectives)
         small, middle, large = (traffic.seconds(tokens, 60) * 1e3 for tokens in (64, 1024, 8192))
         assert shown == [*(f"{count:.0f}" for count in counts), f"{small:.2f}", f"{middle:.1f}", f"{large:.1f}"]
+
+
+def test_the_documentations_ways_to_the_experts_are_what_the_formula_gives():
+    config, table, hosts = MiniMaxM3Config.m3(), rows(5), rows(6)
+    assert set(table) == {(4, 8, 2), (2, 8, 4), (1, 8, 8)} and len(hosts) == 4
+    for sizes, shown in table.items():
+        gather, exchange = (layer_traffic(config, ParallelConfig(*sizes), all_to_all=way) for way in (False, True))
+        less = [(gather.seconds(tokens, 1) - exchange.seconds(tokens, 1)) * 1e6 for tokens in (64, 1024, 8192)]
+        assert shown == [f"{gather.experts:.0f}", f"{exchange.experts:.0f}", *(f"{us:.1f}" for us in less)]
+    for sizes, shown in hosts.items():
+        traffic = layer_traffic(config, ParallelConfig(*sizes, hosts=2))
+        counts = (traffic.experts, traffic.between_hosts, traffic.collectives)
+        small, middle, large = (traffic.seconds(tokens, 60) * 1e3 for tokens in (64, 1024, 8192))
+        assert shown == [*(f"{count:.0f}" for count in counts), f"{small:.2f}", f"{middle:.1f}", f"{large:.1f}"]
+    assert rank_chance(config, ParallelConfig(1, 8, 8)) == pytest.approx(0.4178, abs=5e-5)
+    with pytest.raises(ValueError, match="within a host"):
+        layer_traffic(config, ParallelConfig(1, 16, 16), all_to_all=True)
 
 
 def test_two_groups_on_two_hosts_send_a_token_between_them_from_every_rank():

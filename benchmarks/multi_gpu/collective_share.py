@@ -1,0 +1,56 @@
+"""How much of a step its collectives take, from the kernels that a profile shows."""
+
+from __future__ import annotations
+
+import collections
+import re
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from minimax_jax.rank_slice.trace import Launch, overlap
+
+# NCCL's kernels, and those that XLA has of its own for small sums and exchanges
+COLLECTIVE = re.compile(r"nccl|all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|collective|multimem", re.IGNORECASE)
+_SHOWN = 12
+
+
+def collective_share(launches: Sequence[Launch]) -> dict[str, Any] | None:
+    """Collectives' part of a step. A collective's kernel also waits in there for the ranks that come late.
+
+    Returns:
+      None where the profile shows no kernels. Else, in microseconds: "span_us" from first kernel to last and "busy_us"
+      in which any ran (means of the devices), "collective_us" added up on each device: the mean, and "least_us" on
+      the device that waits least; "alone_us", of the mean, while nothing else ran; "share" = collective_us / span_us,
+      "count" of them on a device; "kernels": the names that take most, added up on the first device.
+    """
+    by_device: dict[str, list[Launch]] = {}
+    for launch in launches:
+        by_device.setdefault(launch.device, []).append(launch)
+    if not by_device:
+        return None
+    spans, busy, taken, alone, counts = [], [], [], [], []
+    for own in by_device.values():
+        whole = overlap(own)
+        rest = overlap([launch for launch in own if not COLLECTIVE.search(launch.name)])
+        found = [launch for launch in own if COLLECTIVE.search(launch.name)]
+        assert whole is not None
+        spans.append(whole.span_us)
+        busy.append(whole.busy_us)
+        taken.append(sum(launch.length for launch in found))
+        alone.append(whole.busy_us - (0.0 if rest is None else rest.busy_us))
+        counts.append(len(found))
+    by_name: collections.Counter[str] = collections.Counter()
+    for launch in next(iter(by_device.values())):
+        by_name[launch.name] += launch.length  # type: ignore[assignment]
+    span, collective = statistics.mean(spans), statistics.mean(taken)
+    return {
+        "span_us": span,
+        "busy_us": statistics.mean(busy),
+        "collective_us": collective,
+        "least_us": min(taken),
+        "alone_us": statistics.mean(alone),
+        "share": collective / span if span else 0.0,
+        "count": max(counts),
+        "kernels": dict(by_name.most_common(_SHOWN)),
+    }
