@@ -40,7 +40,10 @@ runtime_version { major: 13 minor: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync.aligned", "cp.async": r"cp.async.c[ag]", "ex2": "ex2"}
-OPS = ("index_score", "select_blocks", "sparse_attention", "dense_attention", "msa", "write_kv")
+OPS = (
+    "index_score", "select_blocks", "sparse_attention", "dense_attention", "msa", "write_kv",
+    "matmul", "routed_experts", "add_norm", "choose_experts",
+)  # fmt: skip
 
 
 def main() -> int:
@@ -112,12 +115,37 @@ def _compile(op: str, tp: int, tokens: int, requests: int, context: int, cache_d
         "dense_attention": ((q, cache, cache, batch), {"scale": 0.088}),
         "msa": ((q, cache, cache, idx_q, index_cache, batch), {"scale": 0.088, "topk": 16}),
         "write_kv": ((cache, cache, rows, rows, array(tokens, **ints)), {}),
+        **_weight_calls(array, tp, tokens),
     }
     args, options = calls[op]
     device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
         lowered = jax.jit(lambda *args: getattr(mk, op)(*args, impl="pallas_triton", **options)).lower(*args)
     lowered.compile()
+
+
+def _weight_calls(array: Any, tp: int, tokens: int) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """One rank's projections of attention, and its 16 experts; at TP1 all heads and 16 of the experts."""
+    import jax.numpy as jnp
+
+    import minimax_kernels as mk
+
+    def mxfp8(*shape: int) -> Any:
+        scales = array(*shape[:-2], shape[-2] // 32, shape[-1], dtype=jnp.uint8)
+        return mk.Mxfp8(array(*shape, dtype=jnp.float8_e4m3fn), scales)
+
+    x, f32 = array(tokens, 6144), {"dtype": jnp.float32}
+    heads, kv_heads = 64 // tp, max(4 // tp, 1)
+    projections = [mxfp8(6144, 128 * count) for count in (heads, kv_heads, kv_heads, kv_heads, 1)]
+    choice = array(tokens, 4, dtype=jnp.int32), array(tokens, 4, **f32)
+    experts = mxfp8(16, 6144, 6144), mxfp8(16, 3072, 6144)
+    activation = {"activation": mk.Swiglu(1.702, 1.0, 7.0), "num_experts": 128}
+    return {
+        "matmul": ((x, tuple(projections)), {}),
+        "routed_experts": ((x, *choice, *experts), activation),
+        "add_norm": ((x, x, array(6144)), {"eps": 1e-6}),
+        "choose_experts": ((array(tokens, 128, **f32), array(128, **f32)), {"num_chosen": 4}),
+    }
 
 
 def _report(op: str, files: set[Path], ptxas: str) -> None:

@@ -68,7 +68,7 @@ class _Job:
 
         def groups(x, w, sizes, source):
             result = multiply_groups(
-                x, w, sizes, launch=launch, interpret=self.interpret, activation=activation,
+                x, w, sizes, launch=launch, interpret=self.interpret, activation=activation, expected_rows=case.rows,
                 source=source if case.kind == "joined" else None,
             )  # fmt: skip
             if launch.splits > 1:

@@ -12,11 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from minimax_kernels.group_tiles import locate_group, num_group_tiles
+from minimax_kernels.group_tiles import GroupTile, count_group_tiles, locate_group, num_group_tiles
 from minimax_kernels.matmul_launches import MatmulLaunch, group_launch
 from minimax_kernels.mxfp8 import Mxfp8
 from minimax_kernels.swiglu import Swiglu
@@ -48,6 +49,7 @@ def multiply_groups(
     source: Int[Array, "T"] | None = None,
     activation: Swiglu | None = None,
     zero_rest: bool = False,
+    expected_rows: int | None = None,
 ) -> Float[Array, "T N"] | Float[Array, "splits T N"]:
     """The kernel.
 
@@ -55,6 +57,7 @@ def multiply_groups(
       source: row of x for each sorted row; None if x's rows are sorted themselves.
       activation: with w [E, K, 2 * N] of [gate | up], joins the halves; only without splits.
       zero_rest: rows past the last group's become zeros; else they are not written.
+      expected_rows: rows that groups will have in all, by a guess; with more, programs take several tiles each.
 
     Returns:
       x's type; or, with splits, float32 partial sums, of w's full width.
@@ -67,12 +70,14 @@ def multiply_groups(
     shape = (num_rows, out_features)
     if num_rows == 0:
         return jnp.zeros(shape if launch.splits == 1 else (launch.splits, *shape), x.dtype)
-    tiles = num_group_tiles(num_rows, num_groups, launch.block_m, rest=zero_rest)
+    tiles = most_tiles = num_group_tiles(num_rows, num_groups, launch.block_m, rest=zero_rest)
+    if expected_rows is not None:  # a program without a tile takes a microsecond to find that out
+        tiles = min(num_group_tiles(expected_rows + expected_rows // 8, num_groups, launch.block_m, rest=False), tiles)
     return triton_call(
         functools.partial(
             _group_kernel, quantized=isinstance(w, Mxfp8), gather=source is not None, activation=activation,
-            zero_rest=zero_rest, launch=launch, num_rows=num_rows, steps=in_features // launch.block_k,
-            interpret=interpret,
+            zero_rest=zero_rest, one_tile=tiles == most_tiles, launch=launch, num_rows=num_rows,
+            steps=in_features // launch.block_k, interpret=interpret,
         ),
         [x, *weight_refs(w), group_sizes, *([] if source is None else [source])],
         jax.ShapeDtypeStruct((launch.splits, *shape), jnp.float32)
@@ -86,22 +91,22 @@ def multiply_groups(
 
 
 def _group_kernel(
-    x_ref: Any, *refs: Any, quantized: bool, gather: bool, activation: Swiglu | None, zero_rest: bool,
+    x_ref: Any, *refs: Any, quantized: bool, gather: bool, activation: Swiglu | None, zero_rest: bool, one_tile: bool,
     launch: MatmulLaunch, num_rows: int, steps: int, interpret: bool,
 ) -> None:  # fmt: skip
     weight, (sizes_ref, *sources, out_ref) = refs[: 1 + quantized], refs[1 + quantized :]
     num_groups, _, width = weight[0].shape
-    tile = locate_group(sizes_ref, pl.program_id(1), tile=launch.block_m, num_rows=num_rows, num_groups=num_groups)
+    find: dict[str, int] = {"tile": launch.block_m, "num_rows": num_rows, "num_groups": num_groups}
     column, split = pl.program_id(0) * launch.block_n, pl.program_id(2)
     per_split = ceil_div(steps, launch.splits)
 
-    def rows_of(size: int) -> tuple[jax.Array, jax.Array]:
+    def rows_of(tile: GroupTile, size: int) -> tuple[jax.Array, jax.Array]:
         """(sorted rows, which of them are there) of a tile's first `size` rows."""
         offset = jnp.arange(size, dtype=jnp.int32)
         return tile.first_row + offset, offset < tile.num_rows
 
-    def store(result: jax.Array) -> None:
-        row, live = rows_of(result.shape[0])
+    def store(tile: GroupTile, result: jax.Array) -> None:
+        row, live = rows_of(tile, result.shape[0])
         columns = column + jnp.arange(launch.block_n, dtype=jnp.int32)
         to = (jnp.where(live, row, num_rows)[:, None], columns[None, :])
         plgpu.store(
@@ -110,8 +115,8 @@ def _group_kernel(
             mask=jnp.broadcast_to(live[:, None], result.shape),
         )
 
-    def multiply(size: int) -> None:
-        row, live = rows_of(size)
+    def multiply(tile: GroupTile, size: int) -> None:
+        row, live = rows_of(tile, size)
         at = jnp.where(live, row, tile.first_row)  # a row that is not there reads one that is
         at = sources[0][at] if gather else at
         inputs = jnp.arange(launch.block_k, dtype=jnp.int32)
@@ -123,20 +128,31 @@ def _group_kernel(
             begin=split * per_split, stop=jnp.minimum((split + 1) * per_split, steps), interpret=interpret,
         )  # fmt: skip
         if activation is None:
-            store(sums[0])
+            store(tile, sums[0])
         else:  # of what the product alone would have given, in the type of the rows
-            store(activation(*(total.astype(x_ref.dtype) for total in sums)))
+            store(tile, activation(*(total.astype(x_ref.dtype) for total in sums)))
 
-    in_group = (tile.num_rows > 0) & (tile.group < num_groups)
-    half = launch.block_m // 2
-    if half >= LEAST_HALF_TILE:  # the last tile of a group is half empty on average
-        pl.when(in_group & (tile.num_rows > half))(functools.partial(multiply, launch.block_m))
-        pl.when(in_group & (tile.num_rows <= half))(functools.partial(multiply, half))
+    def run(tile_id: jax.Array) -> None:
+        tile = locate_group(sizes_ref, tile_id, **find)
+        in_group = (tile.num_rows > 0) & (tile.group < num_groups)
+        half = launch.block_m // 2
+        if half >= LEAST_HALF_TILE:  # the last tile of a group is half empty on average
+            pl.when(in_group & (tile.num_rows > half))(functools.partial(multiply, tile, launch.block_m))
+            pl.when(in_group & (tile.num_rows <= half))(functools.partial(multiply, tile, half))
+        else:
+            pl.when(in_group)(functools.partial(multiply, tile, launch.block_m))
+        if zero_rest:
+            zeros = jnp.zeros((launch.block_m, launch.block_n), jnp.float32)
+            pl.when((tile.num_rows > 0) & (tile.group == num_groups))(functools.partial(store, tile, zeros))
+
+    if one_tile:
+        run(pl.program_id(1))
     else:
-        pl.when(in_group)(functools.partial(multiply, launch.block_m))
+        count = count_group_tiles(sizes_ref, **find, rest=zero_rest)
+        first, step = pl.program_id(1), pl.num_programs(1)
 
-    if zero_rest:
+        def run_next(i: jax.Array, carry: Any) -> Any:
+            run(first + i * step)
+            return carry
 
-        @pl.when((tile.num_rows > 0) & (tile.group == num_groups))
-        def _clear() -> None:
-            store(jnp.zeros((launch.block_m, launch.block_n), jnp.float32))
+        lax.fori_loop(0, lax.div(count - first + step - 1, step), run_next, None)

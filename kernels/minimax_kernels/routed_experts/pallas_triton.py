@@ -41,18 +41,19 @@ def routed_experts(
         pairs = sort_few_pairs(expert_ids, local, interpret=interpret)
     else:
         pairs = sort_pairs(expert_ids, local)
-    rows_here = num_rows if num_experts is None else max(num_rows * local // num_experts, 1)
+    rows_here = num_rows if num_experts is None else min(max(num_rows * local // num_experts, 1), num_rows)
+    options = {"expected_rows": rows_here, "interpret": interpret}
     half = largest_divisor(width // 2, 1 << 30)
     launch = group_launch(rows_here, local, hidden, half, width, joined=True)
     joined = launch.splits == 1
     gated = multiply_groups(
         x, gate_up, pairs.group_sizes, source=pairs.source, activation=activation if joined else None,
-        launch=launch, interpret=interpret,
+        launch=launch, **options,
     )  # fmt: skip
     if not joined:
         gated = activation.halves(gated.sum(axis=0).astype(x.dtype))
     launch = group_launch(rows_here, local, down.shape[1], hidden, hidden)
-    rows = multiply_groups(gated, down, pairs.group_sizes, launch=launch, interpret=interpret)
+    rows = multiply_groups(gated, down, pairs.group_sizes, launch=launch, **options)
     if launch.splits == 1:
         rows = rows[None]
     return combine_rows(rows, pairs.place, weights, pairs.group_sizes, dtype=x.dtype, interpret=interpret)
