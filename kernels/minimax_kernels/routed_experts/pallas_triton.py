@@ -7,6 +7,8 @@ With a handful of tokens the inputs are split over programs, and the activation 
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtyping import Array, Float, Int
 
 from minimax_kernels.grouped_matmul.pallas_triton import multiply_groups
@@ -42,7 +44,7 @@ def routed_experts(
     else:
         pairs = sort_pairs(expert_ids, local)
     rows_here = num_rows if num_experts is None else min(max(num_rows * local // num_experts, 1), num_rows)
-    options = {"expected_rows": rows_here, "interpret": interpret}
+    options: dict[str, Any] = {"expected_rows": rows_here, "interpret": interpret}
     half = largest_divisor(width // 2, 1 << 30)
     launch = group_launch(rows_here, local, hidden, half, width, joined=True)
     joined = launch.splits == 1
