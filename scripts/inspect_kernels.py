@@ -41,7 +41,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync.aligned", "cp.async": r"cp.async.c[ag]", "ex2": "ex2"}
 OPS = (
-    "index_score", "select_blocks", "sparse_attention", "dense_attention", "msa", "write_kv",
+    "index_score", "select_blocks", "sparse_attention", "dense_attention", "msa", "write_kv_index", "norm_rope",
     "matmul", "routed_experts", "add_norm", "choose_experts",
 )  # fmt: skip
 
@@ -114,7 +114,11 @@ def _compile(op: str, tp: int, tokens: int, requests: int, context: int, cache_d
         "sparse_attention": ((q, cache, cache, array(kv_heads, tokens, 16, **ints), batch), {"scale": 0.088}),
         "dense_attention": ((q, cache, cache, batch), {"scale": 0.088}),
         "msa": ((q, cache, cache, idx_q, index_cache, batch), {"scale": 0.088, "topk": 16}),
-        "write_kv": ((cache, cache, rows, rows, array(tokens, **ints)), {}),
+        "write_kv_index": ((cache, cache, index_cache, rows, rows, array(tokens, 1, 128), array(tokens, **ints)), {}),
+        "norm_rope": (
+            ((q, rows, idx_q, array(tokens, 1, 128)), (array(128),) * 4, *(array(tokens, 32, dtype=jnp.float32),) * 2),
+            {"eps": 1e-6},
+        ),
         **_weight_calls(array, tp, tokens),
     }
     args, options = calls[op]

@@ -79,6 +79,14 @@ def test_sparse_attention_loses_next_to_nothing_against_dense(model, held_out, l
     assert losses(logits, held_out)[1024:].mean() < 1.01 * losses(dense, held_out)[1024:].mean()
 
 
+def test_fp8_caches_cost_next_to_nothing(model, held_out, logits):
+    """scripts/tiny_cache_loss.py measures it on long documents."""
+    past = model.empty_past_key_values(1, max_cache_len=len(held_out), cache_dtype="fp8")
+    narrow = np.asarray(model(held_out[None], past_key_values=past).logits)[0]
+    assert np.abs(narrow - logits).max() > 1e-2
+    assert losses(narrow, held_out).mean() < 1.005 * losses(logits, held_out).mean()
+
+
 def test_generated_text_is_made_of_english_words(model):
     """Most words of a sample are words of the held-out chapters or common ones, not letter soup."""
     ids = [model.config.bos_token_id, *model.tokenizer.encode("And it came to pass, that")]

@@ -225,6 +225,49 @@ def _write_index(sample: Sample, impl: str) -> Iterator[tuple[str, Callable[[], 
     yield "float32 into the cache's type", lambda: parity(jnp.float32)
 
 
+def _write_kv_index(sample: Sample, impl: str) -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
+    random = np.random.default_rng(6)
+    pages, heads, block, dim = sample.k_cache.shape
+    rows = len(sample.live)
+
+    def parity() -> dict[str, float]:
+        slots = _slots(random, rows, pages * block)
+        new = tuple(jnp.asarray(_new_rows(random, rows, count, dim), sample.q.dtype) for count in (heads, heads, 1))
+        caches = (sample.k_cache, sample.v_cache, sample.index_cache)
+        wanted = jitted("write_kv_index", "reference")(*caches, *new, slots)
+        _written_in_place("write_kv_index", impl, caches, (*new, slots), wanted)
+        return {}
+
+    yield "bits, skipped slots, in place", parity
+
+
+def _norm_rope(sample: Sample, impl: str) -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
+    random, shape, tokens = np.random.default_rng(7), sample.case.shape, len(sample.live)
+
+    def normal(*size: int) -> jax.Array:
+        return jnp.asarray(random.standard_normal(size, np.float32), shape.dtype)
+
+    def parity() -> dict[str, float]:
+        heads = (shape.q_heads, shape.kv_heads, shape.index_heads, 1)
+        angles = random.uniform(0, 1e5, (tokens, shape.head_dim // 4))
+        args = (
+            tuple(normal(tokens, count, shape.head_dim) for count in heads),
+            tuple(normal(shape.head_dim) for _ in heads),
+            jnp.asarray(np.cos(angles), jnp.float32),
+            jnp.asarray(np.sin(angles), jnp.float32),
+        )
+        results, again, wanted = (jitted("norm_rope", name, eps=1e-6)(*args) for name in (impl, impl, "reference"))
+        worst = 0.0
+        for result, repeat, expected in zip(results, again, wanted, strict=True):
+            require(compare.bit_equal(result, repeat), "a repeat differs")
+            error = np.abs(compare.as_float(result) - compare.as_float(expected))
+            worst = max(worst, float(error.max(initial=0) / np.abs(compare.as_float(expected)).max(initial=1)))
+        require(worst <= 2**-7, f"max error {worst:.5f} of the largest > 2 ** -7, two roundings")
+        return {"max_rel": worst}
+
+    yield "against the reference, repeat", parity
+
+
 def _new_rows(random: np.random.Generator, *shape: int) -> np.ndarray:
     """N(0, 1), and some rows beyond what e4m3 has numbers for."""
     rows = random.standard_normal(shape, np.float32)
@@ -256,6 +299,8 @@ _first = compare.first
 CHECKS: dict[str, Check] = {
     "write_kv": _write_kv,
     "write_index": _write_index,
+    "write_kv_index": _write_kv_index,
+    "norm_rope": _norm_rope,
     "index_score": _index_score,
     "select_blocks": _select_blocks,
     "sparse_attention": _sparse_attention,

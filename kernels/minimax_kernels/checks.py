@@ -17,7 +17,7 @@ FLOATS = ("float32", "bfloat16", "float16")
 CACHE_TYPES = (*FLOATS, FP8)
 
 
-def check_rank(name: str, x: jax.Array, shape: str) -> None:
+def check_rank(name: str, x: Any, shape: str) -> None:
     """`shape` is a spelled-out shape such as "[T, Hq, D]"."""
     if x.ndim != shape.count(",") + 1:
         raise ValueError(f"{name} has shape {tuple(x.shape)}: must be {shape}")

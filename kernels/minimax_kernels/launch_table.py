@@ -134,4 +134,4 @@ NORM_LAUNCH = Launch(num_warps=4, num_stages=1)
 
 def norm_rows(num_rows: int) -> int:
     """Heads of a program of `norm_rope`: few where there are few, so that they spread over the device."""
-    return 8 if num_rows < NUM_SMS * 64 else 32
+    return 8 if num_rows < NUM_SMS * 64 else 16

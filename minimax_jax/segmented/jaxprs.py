@@ -98,6 +98,12 @@ def evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
     return jax.core.eval_jaxpr(jaxpr, [], *args)
 
 
+def compiled_params(eqn: Any) -> Mapping[str, Any]:
+    """The parameters of an equation that decide what is compiled: not derivative rules, functions of one trace each."""
+    name = eqn.primitive.name
+    return {_CALLS[name]: eqn.params[_CALLS[name]]} if name in _ALWAYS_INLINE else eqn.params
+
+
 def is_literal(atom: Atom) -> bool:
     """Whether an operand is a value instead of a variable."""
     return isinstance(atom, jex.Literal)

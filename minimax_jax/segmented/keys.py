@@ -10,7 +10,7 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 
-from minimax_jax.segmented.jaxprs import is_literal
+from minimax_jax.segmented.jaxprs import compiled_params, is_literal
 
 _LARGEST_CONSTANT = 4096  # bytes of an array that is compared by value
 
@@ -64,7 +64,7 @@ class _Keys:
                 numbers[var] = len(numbers)
             results = tuple(str(var.aval) for var in eqn.outvars)
             context = self._remember(eqn.ctx, repr)
-            body.append((eqn.primitive, self.value(eqn.params), operands, results, context))
+            body.append((eqn.primitive, self.value(compiled_params(eqn)), operands, results, context))
         return (len(constvars), inputs, tuple(body), tuple(atom(x) for x in outvars))
 
     def value(self, x: Any) -> Hashable:

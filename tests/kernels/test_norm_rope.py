@@ -15,8 +15,7 @@ INTERPRETED = "pallas_triton_interpret"
 LAYERS = {  # tokens, (heads, channels) of each array, half
     "one rank": (5, ((8, 128), (1, 128)), 32),
     "dense layer, channels no power of two": (7, ((4, 24), (2, 24)), 5),
-    "all channels turn, index heads are narrower": (3, ((6, 32), (3, 16)), 8),
-    "one array": (2, ((3, 16),), 8),
+    "one array, all channels turn": (2, ((3, 16),), 8),
 }
 
 
@@ -42,8 +41,7 @@ def run(impl, *args):
     return jax.jit(functools.partial(mk.norm_rope, eps=EPS, impl=impl))(*args)
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "float32") for name in LAYERS), ("one rank", "bfloat16")])
 def test_values(name, dtype):
     """bfloat16: the norm is rounded, then the result; sums in another order may round one of them the other way."""
     args = inputs(name, dtype)
@@ -69,7 +67,7 @@ def test_many_rows_take_wider_programs():
 @pytest.mark.parametrize("tokens", [1, 64, 8192])
 def test_it_lowers_in_one_launch(tokens):
     """float32 too: there is no product of matrices in it."""
-    for dtype in ("bfloat16", "float32"):
+    for dtype in ("bfloat16", "float32")[: 1 if tokens > 1 else 2]:
         xs = tuple(SHAPE((tokens, heads, 128), dtype) for heads in (64, 4, 4, 1))
         angles = SHAPE((tokens, 32), jnp.float32)
         text = lowered("norm_rope", xs, (SHAPE((128,), dtype),) * 4, angles, angles, eps=EPS)
@@ -79,17 +77,18 @@ def test_it_lowers_in_one_launch(tokens):
 def test_gradients_are_the_references(monkeypatch):
     """Where the kernel is chosen by itself, which takes a GPU, derivatives are those of the reference."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    xs, weights, cos, sin = inputs("all channels turn, index heads are narrower", "float32")
+    xs, weights, cos, sin = inputs("one array, all channels turn", "float32")
 
     def loss(xs, weights, impl):
         return sum((x**3).sum() for x in mk.norm_rope(xs, weights, cos, sin, eps=EPS, impl=impl))
 
-    found, expected = (jax.grad(loss, argnums=(0, 1))(xs, weights, impl) for impl in (None, "reference"))
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+    found, expected = (grad(xs, weights, impl) for impl in (None, "reference"))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found, expected)
 
 
 def test_arguments_that_do_not_fit_are_named():
-    xs, weights, cos, sin = inputs("one array", "float32")
+    xs, weights, cos, sin = inputs("one array, all channels turn", "float32")
     for changes, message in (
         ({"xs": ()}, "weights: 1 of them, must be 0"),
         ({"weights": weights * 2}, "weights: 2 of them, must be 1"),

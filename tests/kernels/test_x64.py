@@ -1,5 +1,7 @@
 """With JAX_ENABLE_X64 plain numbers and tables are of 64 bits; kernels go on counting in 32."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,9 +27,11 @@ def test_results_are_those_of_the_references():
     assert batch.kv_lens.dtype == jnp.int64
     q, k_cache, v_cache, idx_q, index_cache = map(jnp.asarray, (s.q, s.k_cache, s.v_cache, s.idx_q, s.index_cache))
 
+    @functools.partial(jax.jit, static_argnums=0)
     def attended(impl):
         return mk.msa(q, k_cache, v_cache, idx_q, index_cache, batch, scale=SCALE, impl=impl, **options_of(s.shape))
 
+    @functools.partial(jax.jit, static_argnums=0)
     def written(impl):
         rows, slots = k_cache[0, :, :7].swapaxes(0, 1), jnp.array([80, -1, 17, 3, 4, 5, 6])
         return mk.write_kv(k_cache, v_cache, rows, 2 * rows, slots, impl=impl)

@@ -18,6 +18,28 @@ def test_identical_layers_share_one_executable():
     np.testing.assert_allclose(got, stack(w, jnp.asarray(rows_of(ROWS))), rtol=1e-4, atol=1e-5)
 
 
+def test_derivative_rules_inside_control_flow_keep_no_layers_apart():
+    """Kernels that XLA chooses between bring a rule each, a new function in every layer; nothing is differentiated."""
+
+    def layer(x):
+        @jax.custom_jvp
+        def double(x):
+            return 2.0 * x
+
+        double.defjvp(lambda primals, tangents: (double(*primals), 2.0 * tangents[0]))
+        return jax.lax.cond(x[0, 0] > 0, double, jnp.negative, x)
+
+    def layers(_, x):
+        for _ in range(6):
+            x = layer(into(x))
+        return [x]
+
+    split = segmented(layers)
+    (got,) = split(None, rows_of(ROWS))
+    assert split.stats().segments == 7 and split.stats().executables <= 4
+    np.testing.assert_allclose(got, layers(None, jnp.asarray(rows_of(ROWS)))[0], rtol=1e-5)
+
+
 def test_every_bucket_has_executables_of_its_own():
     split = segmented(stack, buckets=(4, 8))
     for live in (3, 8):

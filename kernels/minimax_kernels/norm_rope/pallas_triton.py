@@ -16,6 +16,7 @@ from minimax_kernels.launch_table import NORM_LAUNCH, norm_rows
 from minimax_kernels.triton_call import ceil_div, next_power_of_two, triton_call
 
 MOST_CHANNELS = 1024  # of a head that one program's registers hold
+JOINED_TOKENS = 256
 
 
 def norm_rope(
@@ -36,9 +37,12 @@ def norm_rope(
         return tuple(xs)
     step = norm_rows(sum(num_tokens * x.shape[1] for x in xs))
     programs = [ceil_div(num_tokens * x.shape[1], step) for x in xs]
+    # few rows: what XLA has yet to add up or to cut out for each array becomes one kernel of its own, not one an array
+    joined = num_tokens <= JOINED_TOKENS and len({(x.shape[2], x.dtype) for x in xs}) == 1
+    first_heads = [sum(x.shape[1] for x in xs[:i]) if joined else 0 for i in range(len(xs))]
     return triton_call(
-        functools.partial(_norm_rope_kernel, programs=programs, step=step, eps=eps),
-        [*xs, *weights, cos, sin],
+        functools.partial(_norm_rope_kernel, programs=programs, first_heads=first_heads, step=step, eps=eps),
+        [*([jnp.concatenate(xs, axis=1)] if joined else xs), *weights, cos, sin],
         tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in xs),
         grid=(sum(programs),),
         launch=NORM_LAUNCH,
@@ -47,21 +51,25 @@ def norm_rope(
     )
 
 
-def _norm_rope_kernel(*refs: Any, programs: list[int], step: int, eps: float) -> None:
+def _norm_rope_kernel(*refs: Any, programs: list[int], first_heads: list[int], step: int, eps: float) -> None:
     """Each array has programs of its own, one after the other; a program does `step` heads."""
     count, program = len(programs), pl.program_id(0)
-    x_refs, weight_refs, (cos_ref, sin_ref), out_refs = (
-        refs[:count], refs[count : 2 * count], refs[2 * count : 2 * count + 2], refs[2 * count + 2 :]
+    x_refs, (*weight_refs, cos_ref, sin_ref), out_refs = (
+        refs[: -2 * count - 2], refs[-2 * count - 2 : -count], refs[-count:]
     )  # fmt: skip
+    x_refs = x_refs * (count // len(x_refs))  # one that all are joined in, or one each
     first = 0
-    for x_ref, weight_ref, out_ref, own in zip(x_refs, weight_refs, out_refs, programs, strict=True):
-        rows = functools.partial(_rows, x_ref, weight_ref, cos_ref, sin_ref, out_ref, step=step, eps=eps)
+    for i, own in enumerate(programs):
+        rows = functools.partial(
+            _rows, x_refs[i], weight_refs[i], cos_ref, sin_ref, out_refs[i],
+            first_head=first_heads[i], step=step, eps=eps,
+        )  # fmt: skip
         pl.when((program >= first) & (program < first + own))(functools.partial(rows, program - first))
         first += own
 
 
-def _rows(x_ref, weight_ref, cos_ref, sin_ref, out_ref, block, *, step, eps):
-    num_tokens, num_heads, head_dim = x_ref.shape
+def _rows(x_ref, weight_ref, cos_ref, sin_ref, out_ref, block, *, first_head, step, eps):
+    num_tokens, num_heads, head_dim = out_ref.shape
     half = cos_ref.shape[1]
     row = block * step + jnp.arange(step, dtype=jnp.int32)
     live = row < num_tokens * num_heads
@@ -74,7 +82,7 @@ def _rows(x_ref, weight_ref, cos_ref, sin_ref, out_ref, block, *, step, eps):
     angle = jnp.where(channel < half, channel, channel - half)
 
     def load(channel: Any) -> Any:
-        at = x_ref.at[token[:, None], head[:, None], channel[None, :]]
+        at = x_ref.at[token[:, None], (first_head + head)[:, None], channel[None, :]]
         return plgpu.load(at, mask=inside, other=0.0).astype(jnp.float32)
 
     x = load(channel)
