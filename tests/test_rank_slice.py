@@ -102,7 +102,14 @@ def test_a_rank_alone_does_what_is_its_own():
     np.testing.assert_array_equal(comm.lookup(x, jnp.array([2, 3])), x)  # its ids are 2 and 3
     assert comm.argmax_vocab(x).tolist() == [5, 5] and comm.gather_vocab(x).shape == (2, 24)
     ids = jnp.array([[2, 0], [7, 3]])
-    assert comm.dispatch(x, ids, ids)[1].tolist() == [[0, 2], [2, 1]]
+    seen = []
+
+    def experts(rows, local_ids, weights):
+        seen.append(local_ids.tolist())
+        return rows
+
+    np.testing.assert_array_equal(comm.run_experts(experts, x, ids, ids, lambda rows: rows), 2 * x)
+    assert seen == [[[0, 2], [2, 1]]]
 
 
 def test_kernels_are_told_apart_by_name_and_module():
