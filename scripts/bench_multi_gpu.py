@@ -61,7 +61,7 @@ def arguments() -> argparse.Namespace:
     )
     add("--parts", default=",".join(LIMITS), help="parts to run (default: %(default)s)")
     add("--out", type=Path, default=Path("multi_gpu"), metavar="DIR", help="folder for results (default: multi_gpu)")
-    add("--weights", default="bf16", metavar="FORMAT", help="of the layers at full width: bf16 (default: bf16)")
+    add("--weights", default="bf16", metavar="FORMAT", help="at full width: bf16 or mxfp8 (default: bf16)")
     add("--layers", type=int, default=60, metavar="N", help="at most, at full width (default: 60)")
     add("--serve-layers", type=int, default=4, metavar="N", help="layers that serve (default: 4)")
     add("--dispatch-layers", type=int, default=16, metavar="N", help="layers that are dispatched (default: 16)")

@@ -58,7 +58,7 @@ def measure(parallel: ParallelConfig, layers: int, batch: int, steps: int, *, ti
     import jax.numpy as jnp
 
     from benchmarks.multi_gpu.mesh_model import Case, MeshModel
-    from benchmarks.multi_gpu.weights import model_config, random_bf16
+    from benchmarks.multi_gpu.weights import MAKERS, model_config
     from minimax_jax.parallel import Ranks
 
     config, dtype = model_config(layers, "tiny" if tiny else "narrow"), jnp.float32 if tiny else jnp.bfloat16
@@ -66,7 +66,7 @@ def measure(parallel: ParallelConfig, layers: int, batch: int, steps: int, *, ti
     past, rows = 40 if tiny else 1024, -(-batch // ranks.groups)
     width = past // config.index_block_size + 1
     model = MeshModel(
-        config, ranks, random_bf16(config, ranks, dtype), pages=rows * width, rows=(rows,), width=width, dtype=dtype
+        config, ranks, MAKERS["bf16"](config, ranks, dtype), pages=rows * width, rows=(rows,), width=width, dtype=dtype
     )
     step = model.compiled(Case("decode", batch, past))
     for _ in range(3):

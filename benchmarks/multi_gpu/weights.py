@@ -17,7 +17,9 @@ from minimax_jax import MiniMaxM3Config
 from minimax_jax.model import abstract_model, split_model
 from minimax_jax.parallel import Layout, ParallelConfig, Ranks
 from minimax_jax.parallel.layout import Split
-from minimax_jax.tensor_table import cache_bytes_per_token
+from minimax_jax.rank_slice.weights import WEIGHTS, draw_mxfp8, mxfp8_exponent, weight_structs
+from minimax_jax.tensor_table import MXFP8_BLOCK, cache_bytes_per_token
+from minimax_kernels import Mxfp8
 
 M3_LAYERS, _M3_DENSE = 60, 3
 # what a try on a CPU runs: M3's kinds of layers and heads, nothing else of its size
@@ -50,19 +52,43 @@ def model_config(layers: int, size: str = "full") -> MiniMaxM3Config:
     )
 
 
-def random_bf16(config: MiniMaxM3Config, ranks: Ranks, dtype: Any) -> dict[str, Array]:
+def random_weights(weights: str, config: MiniMaxM3Config, ranks: Ranks, dtype: Any) -> dict[str, Any]:
     """Weights drawn on the devices, each its own part; norms and biases are zeros.
 
     K/V heads that several ranks share are drawn for each of them: shapes and times are a model's, tokens are not.
+
+    Args:
+      weights: "bf16", or "mxfp8" for those in 8 bits that a checkpoint has so, drawn as bytes.
+      dtype: of what is not in 8 bits.
     """
+    structs = weight_structs(ranks.layout, weights, dtype)
     _, shapes = split_model(abstract_model(config, dtype))
     keys = jax.random.split(jax.random.key(0), len(shapes))
     state = {}
     for key, (name, leaf) in zip(keys, shapes.items(), strict=True):
         splits = ranks.layout.splits(name)
-        scale = 0.0 if leaf.ndim == 1 else leaf.shape[-2] ** -0.5
-        state[name] = _drawn(ranks, splits, leaf.shape, leaf.dtype)(key, scale)
+        if isinstance(structs[name], Mxfp8):
+            state[name] = _drawn_mxfp8(ranks, splits, leaf.shape)(key, mxfp8_exponent(config, name))
+        else:
+            scale = 0.0 if leaf.ndim == 1 else leaf.shape[-2] ** -0.5
+            state[name] = _drawn(ranks, splits, leaf.shape, leaf.dtype)(key, scale)
     return state
+
+
+def _of_rank(key: Array, splits: tuple[Split, ...]) -> Array:
+    for split in splits:
+        key = jax.random.fold_in(key, jax.lax.axis_index(split.over))
+    return key
+
+
+@functools.lru_cache(maxsize=64)
+def _drawn_mxfp8(ranks: Ranks, splits: tuple[Split, ...], shape: tuple[int, ...]) -> Callable[..., Mxfp8]:
+    local = ranks.layout.local_shape(shape, splits)
+
+    def draw(key: Array, exponent: Array) -> Mxfp8:
+        return draw_mxfp8(_of_rank(key, splits), local, exponent)
+
+    return jax.jit(ranks.per_rank(draw, (PartitionSpec(), PartitionSpec()), ranks.layout.spec(splits)))
 
 
 @functools.lru_cache(maxsize=64)
@@ -70,8 +96,7 @@ def _drawn(ranks: Ranks, splits: tuple[Split, ...], shape: tuple[int, ...], dtyp
     local = ranks.layout.local_shape(shape, splits)
 
     def draw(key: Array, scale: Array) -> Array:
-        for split in splits:
-            key = jax.random.fold_in(key, jax.lax.axis_index(split.over))
+        key = _of_rank(key, splits)
 
         def numbers(key: Array, shape: tuple[int, ...]) -> Array:
             return (scale * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
@@ -86,9 +111,11 @@ def _drawn(ranks: Ranks, splits: tuple[Split, ...], shape: tuple[int, ...], dtyp
 
 
 # how `--weights` are made: (config, ranks, dtype of what is not quantised) -> state
-MAKERS: dict[str, Callable[[MiniMaxM3Config, Ranks, Any], dict[str, Array]]] = {"bf16": random_bf16}
-# bytes of a weight in memory, scales included
-ITEMSIZES = {"bf16": 2.0}
+MAKERS: dict[str, Callable[[MiniMaxM3Config, Ranks, Any], dict[str, Any]]] = {
+    weights: functools.partial(random_weights, weights) for weights in WEIGHTS
+}
+# bytes of a weight in memory, scales included; embedding and head, in bfloat16 always, are left to the reserve
+ITEMSIZES = {"bf16": 2.0, "mxfp8": 1 + 1 / MXFP8_BLOCK}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,7 @@ def draw_weights(config: MiniMaxM3Config, structs: Mapping[str, Any], routing: s
     state = {}
     for key, (name, struct) in zip(keys, structs.items(), strict=True):
         if isinstance(struct, Mxfp8):
-            state[name] = _draw_mxfp8(key, struct.shape, math.log2(_BYTES_RMS) + 0.5 * math.log2(_inputs(config, name)))
+            state[name] = draw_mxfp8(key, struct.shape, mxfp8_exponent(config, name))
         elif name.endswith("e_score_correction_bias"):
             scale = _SKEW if routing == "skewed" else 0.0
             state[name] = _draw(key, struct.shape, struct.dtype, scale)
@@ -82,6 +82,11 @@ def routing_load(config: MiniMaxM3Config, state: Mapping[str, Any], experts: ran
     return [shares[expert] for expert in experts]
 
 
+def mxfp8_exponent(config: MiniMaxM3Config, name: str) -> float:
+    """For `draw_mxfp8`, such that a matrix keeps activations of about the size they get."""
+    return math.log2(_BYTES_RMS) + 0.5 * math.log2(_inputs(config, name))
+
+
 def _struct(shape: tuple[int, ...], dtype: Any) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -103,7 +108,7 @@ def _draw(key: jax.Array, shape: tuple[int, ...], dtype: Any, scale: jax.Array) 
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _draw_mxfp8(key: jax.Array, shape: tuple[int, ...], exponent: jax.Array) -> Mxfp8:
+def draw_mxfp8(key: jax.Array, shape: tuple[int, ...], exponent: jax.Array | float) -> Mxfp8:
     """Bytes that are no NaN, with scales of one of three neighbouring powers of two around 2 ** -exponent."""
     values, scales = jax.random.split(key)
     words = jax.random.bits(values, (*shape[:-1], shape[-1] // 4), jnp.uint32)

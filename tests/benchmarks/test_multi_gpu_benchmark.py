@@ -8,14 +8,17 @@ import sys
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks.multi_gpu.collective_share import collective_share
 from benchmarks.multi_gpu.full_width import TINY, FullWidth
 from benchmarks.multi_gpu.mesh_model import Case
-from benchmarks.multi_gpu.weights import layers_and_pages, model_config, rank_weight_bytes
-from minimax_jax.parallel import ParallelConfig
+from benchmarks.multi_gpu.weights import MAKERS, layers_and_pages, model_config, rank_weight_bytes
+from minimax_jax.parallel import ParallelConfig, Ranks
 from minimax_jax.rank_slice.trace import Launch
+from minimax_kernels import Mxfp8
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "bench_multi_gpu.py"
@@ -68,6 +71,18 @@ def test_collectives_share_of_a_step():
     assert collective_share([]) is None
 
 
+def test_weights_in_8_bits_are_drawn_into_their_shards():
+    config = model_config(2, "tiny").replace(shared_intermediate_size=64, intermediate_size=32)
+    ranks = Ranks(config, ParallelConfig(2, 2))
+    state = MAKERS["mxfp8"](config, ranks, jnp.bfloat16)
+    up = state["layers.1.mlp.experts.gate_up_proj"]
+    assert isinstance(up, Mxfp8) and up.shape == (8, 64, 64) and up.scales.shape == (8, 2, 64)
+    first, second = (shard.data for shard in up.values.addressable_shards)
+    assert first.shape == second.shape == (4, 64, 64) and (np.asarray(first) != np.asarray(second)).any()
+    assert not np.isnan(np.asarray(up.values).astype(np.float32)).any()
+    assert state["embed_tokens"].dtype == jnp.bfloat16 and state["layers.1.mlp.gate.weight"].dtype == jnp.float32
+
+
 @pytest.mark.slow
 def test_full_width_measures_a_small_model_both_ways():
     saved, plan = [], dataclasses.replace(TINY, split=())
@@ -108,7 +123,7 @@ def test_a_try_on_cpu_devices(tmp_path, data, parts):
 def test_wrong_arguments_are_one_line(tmp_path):
     for wrong, said in (
         (["--parts", "full,fast"], "'fast' must be one of parity, full"),
-        (["--tp", "3", "--weights", "int3"], "--weights = int3: must be one of bf16"),
+        (["--tp", "3", "--weights", "int3"], "--weights = int3: must be one of mxfp8, bf16"),
     ):
         ran = run(*wrong, "--out", str(tmp_path / "none"), timeout=60)
         assert ran.returncode == 2 and said in ran.stderr.splitlines()[-1], ran.stderr
