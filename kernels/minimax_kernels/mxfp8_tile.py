@@ -51,7 +51,7 @@ def dequantize_tile(values: jax.Array, scales: jax.Array, *, interpret: bool) ->
     (result,) = plgpu.elementwise_inline_asm(
         _EXPAND,
         args=[data, factors],
-        constraints="=r,=r,r,r,r",
+        constraints="=&r,=&r,r,r,r",
         pack=4,
         result_shape_dtypes=[jax.ShapeDtypeStruct(values.shape, jnp.bfloat16)],
     )

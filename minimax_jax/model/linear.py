@@ -28,14 +28,27 @@ def linear_float32(x: Float[Array, "T K"], w: Float[Array, "K N"]) -> Float[Arra
     """
     if x.dtype != jnp.bfloat16 or x.shape[0] <= FEW_ROWS:
         return matmul(x.astype(jnp.float32), w)
+    return _product_in_parts(x, w)
+
+
+@jax.custom_jvp
+def _product_in_parts(x: Float[Array, "T K"], w: Float[Array, "K N"]) -> Float[Array, "T N"]:
     parts = []
     for _ in range(3):
         part = jax.lax.reduce_precision(w, 8, 7)  # a cast to and fro may be optimised away
         parts.append(part.astype(jnp.bfloat16))
         w = w - part
-    products = matmul(x, jnp.concatenate(parts, axis=1), dtype=jnp.float32)
+    # the barrier keeps XLA from joining this product with others of the same rows, whose results would be float32 too
+    products = matmul(jax.lax.optimization_barrier(x), jnp.concatenate(parts, axis=1), dtype=jnp.float32)
     high, middle, low = jnp.split(products, 3, axis=1)
     return high + (middle + low)
+
+
+@_product_in_parts.defjvp
+def _derivative(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    """That of the product itself: through the parts it would be rounded to bfloat16."""
+    (x, w), (dx, dw) = primals, tangents
+    return _product_in_parts(x, w), matmul(dx.astype(jnp.float32), w) + matmul(x.astype(jnp.float32), dw)
 
 
 def normal_init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike, std: float = 0.02) -> Array:

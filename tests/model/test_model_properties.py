@@ -12,7 +12,7 @@ from flax import nnx
 from minimax_jax.attention import ReferenceAttend
 from minimax_jax.config import DENSE_MLP, FULL_ATTENTION, MOE_MLP, SPARSE_ATTENTION, MiniMaxM3Config
 from minimax_jax.model import Comm, MiniMaxM3, abstract_model, merge_model, split_model
-from minimax_jax.model.linear import linear
+from minimax_jax.model.linear import linear, linear_float32
 from minimax_kernels import Mxfp8
 
 BLOCK, TOPK = 16, 3
@@ -264,3 +264,18 @@ def test_comm_sees_every_routing_decision(weights, run):
     np.testing.assert_array_equal(with_comm(weights, jnp.asarray(ids)), alone(run, weights, ids))
     assert calls.count("sum") == 2 * 3 and calls.count("vocab") == 1
     assert [call for call in calls if call[0] == "route"] == [("route", 1, (20, 2)), ("route", 2, (20, 2))]
+
+
+def test_many_bfloat16_rows_meet_a_float32_weight_as_accurately_as_in_float32():
+    """And derivatives too, which through the weight's bfloat16 parts would be rounded."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (300, 512), jnp.bfloat16)
+    w, cotangent = jax.random.normal(keys[1], (512, 16)), jax.random.normal(keys[2], (300, 16))
+    found, pull_back = jax.vjp(jax.jit(linear_float32), x, w)
+    wide_x, wide_w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    np.testing.assert_allclose(found, wide_x @ wide_w, atol=2e-4)
+    rounded = np.asarray(x @ w.astype(jnp.bfloat16), np.float64)
+    assert np.abs(rounded - wide_x @ wide_w).max() > 0.05, "one part would not do"
+    dx, dw = pull_back(cotangent)
+    assert dx.dtype == jnp.bfloat16 and dw.dtype == jnp.float32
+    np.testing.assert_allclose(dw, wide_x.T @ np.asarray(cotangent, np.float64), atol=1e-3)
