@@ -176,6 +176,11 @@ def test_products_with_mxfp8_weights_lower(tokens):
     assert [text.count(KERNEL) for text in texts] == [1 + sums, 1, 1]
 
 
+def test_several_arrays_and_few_rows_are_one_product():
+    x, weights = SHAPE((8, 6144), jnp.bfloat16), tuple(SHAPE((6144, n), jnp.bfloat16) for n in (1024, 128, 128))
+    assert lowered("matmul", x, weights).count(KERNEL) == 2, "the product, and the sum of its splits"
+
+
 @pytest.mark.parametrize("tokens", [1, 33, 300, 8192])
 @pytest.mark.parametrize("quantised", [True, False])
 def test_routed_experts_lower(tokens, quantised):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import minimax_kernels as mk
 from minimax_kernels.implementation import _with_gradient_of
-from minimax_kernels.matmul_launches import group_launch, matmul_launch
+from minimax_kernels.matmul_launches import FEW_ROWS, group_launch, matmul_launch
 from minimax_kernels.mxfp8_tile import dequantize_tile
 from minimax_kernels.routed_experts import reference
 
@@ -63,13 +63,16 @@ def test_every_byte_under_every_scale_becomes_the_bfloat16_that_it_stands_for():
 MATMULS = {(0, 64): 1, (1, 256): 2, (5, 64): 1, (70, 256): 2, (300, 64): 1}  # (rows, inputs): splits
 
 
-@pytest.mark.parametrize(("rows", "inputs"), MATMULS)
-def test_matmul_of_several_weights(rows, inputs):
+@pytest.mark.parametrize(
+    ("rows", "inputs", "quantised"),
+    [(*sizes, quantised) for sizes in MATMULS for quantised in (True, False) if quantised or sizes[0] <= FEW_ROWS],
+)
+def test_matmul_of_several_weights(rows, inputs, quantised):
     """Few rows and many, inputs split and not, rows that fill no tile."""
     assert rows == 0 or matmul_launch(rows, inputs, 16, 208).splits == MATMULS[rows, inputs]
     random = np.random.default_rng(rows)
     x = rows_of(random, rows, inputs)
-    weights, wide = zip(*(weight(random, inputs, width) for width in (64, 128, 16)), strict=True)
+    weights, wide = zip(*(weight(random, inputs, width, quantised=quantised) for width in (64, 128, 16)), strict=True)
     results = jitted("matmul", dtype=jnp.float32)(x, weights)
     for result, w in zip(results, wide, strict=True):
         expected = np.asarray(x, np.float64) @ w
@@ -182,8 +185,10 @@ def test_what_the_kernels_do_not_serve():
     run = functools.partial(mk.matmul, impl=INTERPRET)
     with pytest.raises(NotImplementedError, match="rows are float32, not bfloat16"):
         run(x.astype(jnp.float32), w)
-    with pytest.raises(NotImplementedError, match="which XLA multiplies best"):
-        run(x, jnp.ones((64, 32), jnp.bfloat16))
+    array = jnp.ones((64, 32), jnp.bfloat16)
+    for rows, weights in ((x, array), (jnp.ones((65, 64), jnp.bfloat16), (array, array))):
+        with pytest.raises(NotImplementedError, match="which XLA multiplies best"):
+            run(rows, weights)
     with pytest.raises(NotImplementedError, match="N = 8 of the weight is not a multiple of 16"):
         run(x, mk.Mxfp8(w.values[:, :8], w.scales[:, :8]))
     big = mk.Mxfp8(

@@ -39,7 +39,8 @@ def matmul(
     """x @ w, accumulated in float32; the results have `dtype`, by default x's.
 
     An `Mxfp8` weight counts as its values times its scales, rounded to x's type. `pallas_triton` reads its 8 bits and
-    dequantises in registers; arrays are left to XLA. Several weights that share x are one launch.
+    dequantises in registers. Several weights that share x are one launch; of arrays those with few rows, all others
+    are left to XLA.
 
     Args:
       w: [K, N], or a tuple of such with one K; then the results are a tuple.
@@ -58,7 +59,7 @@ def matmul(
         check_weight(name, weight, "[K, N]")
         checks.check_extent("x", "K", x.shape[1], weight.shape[0], f"in {name}")
     options = {"dtype": jnp.dtype(x.dtype if dtype is None else dtype)}
-    if not any(isinstance(weight, Mxfp8) for weight in weights) and impl is None:
+    if impl is None and pallas_triton.left_to_xla(x, weights):
         results = reference.matmul(x, weights, **options)
     else:
         results = dispatch("matmul", _IMPLEMENTATIONS, impl, x, weights, differentiable=True, **options)

@@ -1,8 +1,9 @@
-"""Rows times MXFP8 weights: one kernel; few rows split the inputs over programs, so that all memory is read at once.
+"""Rows times MXFP8 weights, or few rows times several arrays, in one kernel.
 
-The weight's bytes go from memory to shared memory to registers, become bfloat16 there and meet the rows in the matrix
-units. With one split a program writes its tile; with several they write float32 partial sums. XLA adds them up inside
-whatever reads the result; those of several weights are a launch of their own.
+Few rows split the inputs over programs, so that all memory is read at once. An MXFP8 weight's bytes go from memory to
+shared memory to registers, become bfloat16 there and meet the rows in the matrix units. With one split a program
+writes its tile; with several they write float32 partial sums. XLA adds them up inside whatever reads the result; those
+of several weights are a launch of their own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from minimax_kernels.matmul.sum_splits import sum_splits
-from minimax_kernels.matmul_launches import MatmulLaunch, largest_divisor, matmul_launch
+from minimax_kernels.matmul_launches import FEW_ROWS, MatmulLaunch, largest_divisor, matmul_launch
 from minimax_kernels.mxfp8 import Mxfp8
 from minimax_kernels.triton_call import ceil_div, triton_call
 from minimax_kernels.triton_support import require_weight
@@ -36,9 +37,9 @@ def matmul(
     launch: MatmulLaunch | None = None,
 ) -> tuple[Float[Array, "T N"], ...]:
     """See `minimax_kernels.matmul`."""
-    for i, weight in enumerate(weights):
-        if not isinstance(weight, Mxfp8):
-            raise NotImplementedError(f"pallas_triton: w[{i}] is an array of {weight.dtype}, which XLA multiplies best")
+    if left_to_xla(x, weights):
+        raise NotImplementedError("pallas_triton: one array, or arrays and many rows, which XLA multiplies best")
+    for weight in weights:
         require_weight(x, weight, interpret=interpret)
     num_rows, in_features = x.shape
     widths = [weight.shape[1] for weight in weights]
@@ -48,11 +49,13 @@ def matmul(
     if num_rows == 0:
         return tuple(jnp.zeros((0, width), dtype) for width in widths)
     split = launch.splits > 1
+    refs = [weight_refs(weight) for weight in weights]
     results = triton_call(
         functools.partial(
-            _matmul_kernel, ends=ends, launch=launch, steps=in_features // launch.block_k, interpret=interpret
+            _matmul_kernel, ends=ends, parts=list(map(len, refs)), launch=launch,
+            steps=in_features // launch.block_k, interpret=interpret,
         ),
-        [x, *itertools.chain.from_iterable(map(weight_refs, weights))],
+        [x, *itertools.chain.from_iterable(refs)],
         tuple(
             jax.ShapeDtypeStruct((launch.splits, num_rows, width), jnp.float32)
             if split
@@ -61,16 +64,25 @@ def matmul(
         ),
         grid=(ends[-1] // launch.block_n, ceil_div(num_rows, launch.block_m), launch.splits),
         launch=launch.launch,
-        name="mxfp8_matmul",
+        name="mxfp8_matmul" if isinstance(weights[0], Mxfp8) else "several_matmuls",
         interpret=interpret,
-    )
+    )  # fmt: skip
     if split and len(results) > 1:
         return sum_splits(results, dtype=dtype, interpret=interpret)
     return tuple(result.sum(axis=0).astype(dtype) for result in results) if split else results
 
 
-def _matmul_kernel(x_ref: Any, *refs: Any, ends: list[int], launch: MatmulLaunch, steps: int, interpret: bool) -> None:
-    weights = len(ends) - 1
+def left_to_xla(x: jax.Array, weights: Sequence[Weight]) -> bool:
+    """Arrays that XLA multiplies well. Several of them and few rows are not: it would join, hence copy, the arrays."""
+    if any(isinstance(weight, Mxfp8) for weight in weights):
+        return False
+    return len(weights) == 1 or x.shape[0] > FEW_ROWS or x.dtype != jnp.bfloat16
+
+
+def _matmul_kernel(
+    x_ref: Any, *refs: Any, ends: list[int], parts: list[int], launch: MatmulLaunch, steps: int, interpret: bool
+) -> None:
+    weights, firsts = len(ends) - 1, list(itertools.accumulate(parts, initial=0))
     num_rows = x_ref.shape[0]
     column_tile, row_tile, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     row = row_tile * launch.block_m + jnp.arange(launch.block_m, dtype=jnp.int32)
@@ -82,10 +94,10 @@ def _matmul_kernel(x_ref: Any, *refs: Any, ends: list[int], launch: MatmulLaunch
         return x_ref[read_row[:, None], (k + jnp.arange(launch.block_k, dtype=jnp.int32))[None, :]]
 
     def multiply(i: int) -> None:
-        out_ref, begin_column = refs[2 * weights + i], column_tile * launch.block_n - ends[i]
+        out_ref, begin_column = refs[firsts[-1] + i], column_tile * launch.block_n - ends[i]
         (result,) = multiply_tile(
             rows_at,
-            WeightTiles(refs[2 * i : 2 * i + 2]),
+            WeightTiles(refs[firsts[i] : firsts[i + 1]]),
             (begin_column,),
             num_rows=launch.block_m, block_n=launch.block_n, block_k=launch.block_k,
             begin=begin, stop=jnp.minimum(begin + per_split, steps), interpret=interpret,
