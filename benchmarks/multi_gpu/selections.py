@@ -11,11 +11,10 @@ from jaxtyping import Array
 
 from minimax_jax import MiniMaxM3ForCausalLM
 from minimax_jax.attention import ReferenceAttend
-from minimax_jax.attention.paged import write_index_keys
 from minimax_jax.model import SINGLE_DEVICE, abstract_model, merge_model, split_model
 from minimax_jax.parallel import Layout
 from minimax_jax.parallel.config import AXES
-from minimax_kernels import index_score, select_blocks
+from minimax_kernels import index_score, select_blocks, write_index
 
 
 class SelectionRecorder(ReferenceAttend):
@@ -30,12 +29,13 @@ class SelectionRecorder(ReferenceAttend):
         if idx_k is not None:
             ranks = 1 if self.index_split is None else self.index_split.size
             pages = jnp.zeros((self.num_pages, self.config.index_block_size // ranks, idx_k.shape[2]), idx_k.dtype)
-            pages = write_index_keys(pages, idx_k, self.slots, self.index_split, impl="reference")
             topk = self.config.index_topk_blocks
             if self.index_split is None:
+                pages = write_index(pages, idx_k, self.slots, impl="reference")
                 scores = index_score(idx_q, pages, self.batch, impl="reference")
                 selected = select_blocks(scores, self.batch, topk=topk, impl="reference")
             else:
+                pages = self.index_split.write(pages, idx_k, self.slots, impl="reference")
                 selected = self.index_split.select(idx_q, pages, self.batch, topk=topk, impl="reference")
             self.selected.append(selected)
         return super().__call__(layer_id, q, k, v, idx_q, idx_k)
