@@ -6,10 +6,11 @@
   python scripts/bench_products.py --interpret --shrink 4 --tokens 1 --quick    a try on a CPU
 
 Shapes of one TP8 and EP8 rank of MiniMax-M3: QKV and index projections in one launch, output projection, shared and
-dense MLP, and the rank's 16 experts with rows as random routing deals them. Each candidate launch is compared with
-dequantising and multiplying in XLA, then timed over inputs that no cache holds. Floors are bytes over the measured copy
-bandwidth and FLOPs over the measured bf16 matmul rate. Writes products.json and measured_products.py to --out. Exit
-status: 0, or 1 when a case is wrong, refused by all launches or left out.
+dense MLP, and the rank's 16 experts with rows as random routing deals them. First every e4m3 byte under every scale,
+and the whole of routed_experts, add_norm and choose_experts, are compared with the references. Each candidate launch is
+compared with dequantising and multiplying in XLA, then timed over more inputs than a cache holds. Floors are bytes over
+the measured copy bandwidth and FLOPs over the measured bf16 matmul rate. Writes products.json and measured_products.py
+to --out. Exit status: 0, or 1 when a case is wrong, refused by all launches or left out.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import jax  # noqa: E402
 
 from benchmarks.machine import describe_machine  # noqa: E402
 from benchmarks.products.cases import TOKENS, all_cases  # noqa: E402
+from benchmarks.products.checks import check_layer_ops  # noqa: E402
 from benchmarks.products.run import run_cases  # noqa: E402
 from minimax_jax.rank_slice.ceilings import Ceilings, measure_ceilings  # noqa: E402
 from minimax_kernels.measured_products import PRODUCTS  # noqa: E402
@@ -61,11 +63,13 @@ def main() -> int:
     ceilings = Ceilings(1e9, 1e9) if args.interpret else measure_ceilings()
     say(f"copy {ceilings.copy_bytes_per_s / 1e9:.0f} GB/s, matmul {ceilings.matmul_flop_per_s / 1e12:.0f} TFLOP/s")
     cases = all_cases(tokens, bf16=args.bf16, shrink=args.shrink)
+    failures = check_layer_ops("pallas_triton_interpret" if args.interpret else "pallas_triton", args.shrink, say)
     best, rows = run_cases(cases, ceilings, START + args.limit_s, say, interpret=args.interpret, quick=args.quick)
     args.out.mkdir(parents=True, exist_ok=True)
     record = {
         "machine": describe_machine(),
         "ceilings": dataclasses.asdict(ceilings),
+        "failed_checks": failures,
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     (args.out / "products.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -74,10 +78,12 @@ def main() -> int:
     if args.write:
         (ROOT / TABLE).write_text(text, encoding="utf-8")
     wrong = sorted({f"{row.case}, {row.launch}: {row.refused}" for row in rows if row.refused.startswith("wrong")})
-    for line in wrong:
+    for line in (*failures, *wrong):
         say(line)
     say(f"wrote {args.out}/products.json and {args.out}/{TABLE.name}")
-    return 0 if not wrong and len({row.case for row in rows if row.us is not None}) == len(cases) else 1
+    return (
+        0 if not wrong and not failures and len({row.case for row in rows if row.us is not None}) == len(cases) else 1
+    )
 
 
 def table_text(products: dict) -> str:
@@ -88,7 +94,7 @@ def table_text(products: dict) -> str:
     latest = f"Latest on {about['device']}, driver {about['driver']}, jax {about['jax']}, {about['date']}."
     return (
         f'"""{head}\n\n{latest}\n"""\n\n'
-        "Table = dict[tuple[str, int, int, int], tuple[int, int, int, int, int, int]]\n\n"
+        "Table = dict[tuple[str, str, int, int, int, int], tuple[int, int, int, int, int, int]]\n\n"
         f"PRODUCTS: Table = {{\n{lines}}}\n"
     )
 

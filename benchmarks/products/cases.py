@@ -76,20 +76,27 @@ class Case:
         return Work(2 * rows * self.inputs * columns, weight + BF16 * rows * (self.inputs + written))
 
     @property
-    def launch(self) -> MatmulLaunch:
-        """What the kernels would choose."""
-        columns = sum(self.widths)
-        if self.kind == "matmul":
-            divisor = min(largest_divisor(width, 1 << 30) for width in self.widths)
-            return matmul_launch(self.rows, self.inputs, divisor, columns)
-        joined = self.kind == "joined"
-        divisor = largest_divisor(columns // 2 if joined else columns, 1 << 30)
-        return group_launch(self.rows, LOCAL, self.inputs, divisor, columns, joined=joined)
+    def column_divisor(self) -> int:
+        """What columns of a tile must divide."""
+        least = min(largest_divisor(width, 1 << 30) for width in self.widths)
+        return least // 2 if self.kind == "joined" else least
 
     @property
-    def key(self) -> tuple[str, int, int, int]:
+    def launch(self) -> MatmulLaunch:
+        """What the kernels would choose."""
+        columns, quantized = sum(self.widths), self.weights == "mxfp8"
+        if self.kind == "matmul":
+            return matmul_launch(self.rows, self.inputs, self.column_divisor, columns, quantized=quantized)
+        return group_launch(
+            self.rows, LOCAL, self.inputs, self.column_divisor, columns,
+            joined=self.kind == "joined", quantized=quantized, all_rows=self.all_rows,
+        )  # fmt: skip
+
+    @property
+    def key(self) -> tuple[str, str, int, int, int, int]:
         """Of the measured table."""
-        return self.kind, self.inputs, sum(self.widths), 1 << (self.rows - 1).bit_length()
+        groups = 1 if self.kind == "matmul" else LOCAL
+        return self.kind, self.weights, groups, self.inputs, sum(self.widths), 1 << (self.rows - 1).bit_length()
 
 
 def all_cases(tokens: tuple[int, ...] = TOKENS, *, bf16: bool = False, shrink: int = 1) -> list[Case]:
@@ -131,7 +138,8 @@ def candidates(case: Case) -> list[MatmulLaunch]:
             tried += [dataclasses.replace(tried[0], launch=Launch(8, 4))]
     for launch in tried:
         steps = case.inputs // launch.block_k
-        fits = case.inputs % launch.block_k == 0 and launch.splits <= steps
+        fits = case.inputs % launch.block_k == 0 and case.column_divisor % launch.block_n == 0
+        fits = fits and launch.splits <= steps
         if fits and launch not in found:
             found.append(launch)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -16,8 +17,9 @@ import numpy as np
 
 from benchmarks import timing
 from benchmarks.products.cases import LOCAL, PER_TOKEN, RANKS, Case, candidates
+from benchmarks.products.weights import random_mxfp8
 from minimax_jax.rank_slice.ceilings import Ceilings
-from minimax_kernels import Mxfp8, Swiglu
+from minimax_kernels import Swiglu
 from minimax_kernels.grouped_matmul import reference as grouped_reference
 from minimax_kernels.grouped_matmul.pallas_triton import multiply_groups
 from minimax_kernels.matmul import pallas_triton, reference
@@ -26,7 +28,9 @@ from minimax_kernels.matmul_launches import MatmulLaunch
 ACTIVATION = Swiglu(1.702, 1.0, 7.0)
 CACHE_BYTES = 150e6  # what a rotation of inputs must exceed, for the second-level cache to be of no help
 KEPT = 1.01  # of candidates within 1 % the first is taken
-TOLERANCE = 2**-7  # of a bfloat16 result against the reference's, in the results' spread
+TOLERANCE = 2**-4  # of bfloat16 results, of several times their spread, against the reference's, in that spread
+GROUP_SETS = 16  # choices of experts to rotate through
+CHECKED_SETS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Row:
     tflops: float | None = None
     floor_share: float | None = None
     error: float | None = None
+    host_bound: bool = False
     refused: str = ""
 
 
@@ -50,11 +55,27 @@ class _Job:
     def __init__(self, case: Case, interpret: bool, quick: bool):
         self.case, self.interpret = case, interpret
         self.launches = candidates(case)[: 1 if quick else None]
-        work = case.work(None if case.kind == "matmul" else [1] * LOCAL)
-        self.sets = max(1, min(16, round(CACHE_BYTES / work.bytes)))
-        expected = max(work.bytes / 2.5e12, work.flops / 4e14, 3e-6)
+        # of experts, every set is another choice among the same weights; else the weights differ
+        self.group_sizes = [] if case.kind == "matmul" else [_group_sizes(case, seed) for seed in range(GROUP_SETS)]
+        works = [case.work(own.tolist()) for own in self.group_sizes] or [case.work()]
+        self.bytes, self.flops = (
+            sum(getattr(work, name) for work in works) / len(works) for name in ("bytes", "flops")
+        )
+        self.works = works
+        self.sets = len(works) if self.group_sizes else max(2, math.ceil(CACHE_BYTES / self.bytes))
+        if interpret:
+            self.sets = min(self.sets, 2)
+        expected = max(self.bytes / 2.5e12, self.flops / 4e14, 3e-6)
         self.calls, self.rounds = (1, 1) if interpret else timing.calls_and_rounds(expected, self.sets)
         self.compiled: list[Any] = []
+
+    def arguments(self) -> list[tuple[Any, ...]]:
+        """The sets to rotate through."""
+        make = jax.jit(functools.partial(_arguments, self.case))
+        if not self.group_sizes:
+            return [make(jax.random.key(seed, impl="rbg")) for seed in range(self.sets)]
+        x, weight, _, source = make(jax.random.key(0, impl="rbg"))
+        return [(x, weight, jnp.asarray(own), source) for own in self.group_sizes[: self.sets]]
 
     def function(self, launch: MatmulLaunch) -> Callable[..., Any]:
         case = self.case
@@ -94,7 +115,7 @@ def run_cases(
     *,
     interpret: bool = False,
     quick: bool = False,
-) -> tuple[dict[tuple[str, int, int, int], tuple[int, ...]], list[Row]]:
+) -> tuple[dict[tuple[str, str, int, int, int, int], tuple[int, ...]], list[Row]]:
     """Compiles all at once, then checks and times case after case until `deadline` (of time.monotonic).
 
     Returns:
@@ -102,7 +123,7 @@ def run_cases(
     """
     jobs = [_Job(case, interpret, quick) for case in cases]
     workers = max(1, min(14, (os.cpu_count() or 2) - 1))
-    best: dict[tuple[str, int, int, int], tuple[int, ...]] = {}
+    best: dict[tuple[str, str, int, int, int, int], tuple[int, ...]] = {}
     rows: list[Row] = []
     with concurrent.futures.ThreadPoolExecutor(workers) as threads:
         tasks = [[threads.submit(job.compile, i) for i in range(len(job.launches))] for job in jobs]
@@ -116,14 +137,13 @@ def run_cases(
             own = _measure(job, ceilings)
             job.compiled = []
             rows += own
-            timed = [row for row in own if row.us is not None and not row.refused]
+            timed = [row for row in own if row.us is not None and not row.refused and not row.host_bound]
             if not timed:
-                say(f"{job.case.name}: {own[0].refused}")
+                say(f"{job.case.name}: {own[0].refused or 'the host is slower than the device'}")
                 continue
             least = min(row.us for row in timed if row.us is not None)
             chosen = next(row for row in timed if row.us is not None and row.us <= least * KEPT)
-            if job.case.weights == "mxfp8":
-                best[job.case.key] = chosen.launch
+            best[job.case.key] = chosen.launch
             first = f"{own[0].us:.1f} us" if own[0].us is not None else own[0].refused.split(":")[0]
             say(
                 f"{job.case.name}: {chosen.us:.1f} us {chosen.launch}, {chosen.gb_per_s:.0f} GB/s, "
@@ -149,12 +169,7 @@ def _arguments(case: Case, key: jax.Array, group_sizes: jax.Array | None = None)
 
 
 def _weight(key: jax.Array, shape: tuple[int, ...], weights: str) -> Any:
-    if weights == "bf16":
-        return jax.random.normal(key, shape, jnp.bfloat16) * shape[-2] ** -0.5
-    data = jax.random.bits(key, shape, jnp.uint8)
-    data = jnp.where((data & 0x7F) >= 0x78, data & 0xF7, data)  # no NaN, and a spread without the largest
-    scales = 119 + jax.random.bits(key, (*shape[:-2], shape[-2] // 32, shape[-1]), jnp.uint8) % 4
-    return Mxfp8(jax.lax.bitcast_convert_type(data, jnp.float8_e4m3fn), scales)
+    return random_mxfp8(key, shape) if weights == "mxfp8" else jax.random.normal(key, shape, jnp.bfloat16)
 
 
 def _group_sizes(case: Case, seed: int) -> np.ndarray:
@@ -168,33 +183,28 @@ def _group_sizes(case: Case, seed: int) -> np.ndarray:
 
 
 def _measure(job: _Job, ceilings: Ceilings) -> list[Row]:
-    case = job.case
-    sizes = [None if case.kind == "matmul" else _group_sizes(case, seed) for seed in range(job.sets)]
-    make = jax.jit(functools.partial(_arguments, case))
-    sets = [
-        make(jax.random.key(seed, impl="rbg"), *(() if own is None else (jnp.asarray(own),)))
-        for seed, own in enumerate(sizes)
-    ]
-    works = [case.work(None if own is None else own.tolist()) for own in sizes]
-    bytes_moved, flops = (sum(getattr(work, name) for work in works) / len(works) for name in ("bytes", "flops"))
-    floor = sum(work.seconds(ceilings) for work in works) / len(works)
-    expected = jax.jit(functools.partial(_expected, case))(*sets[0])
-    live = case.rows if sizes[0] is None else int(sizes[0].sum())
-    spread = float(jnp.std(expected[0][:live].astype(jnp.float32)))
+    case, sets = job.case, job.arguments()
+    floor = sum(work.seconds(ceilings) for work in job.works) / len(job.works)
+    checked = min(CHECKED_SETS, job.calls, len(sets))
+    reference_of = jax.jit(functools.partial(_expected, case))
+    expected = [reference_of(*own) for own in sets[:checked]]
+    live = [int(own.sum()) for own in job.group_sizes] or [case.rows] * checked
     rows = []
     for launch, compiled in zip(job.launches, job.compiled, strict=True):
         shown = (*dataclasses.astuple(launch)[:4], launch.launch.num_warps, launch.launch.num_stages)
-        row = Row(case.name, case.kind, case.tokens, live, shown, None)
+        row = Row(case.name, case.kind, case.tokens, case.rows, shown, None)
         if isinstance(compiled, str):
             rows.append(dataclasses.replace(row, refused=compiled))
             continue
-        group = tuple(sets[i % len(sets)] for i in range(job.calls))
-        error = max(map(functools.partial(_error, live), compiled(group)[0], expected)) / spread
-        us = timing.time_compiled(compiled, sets, job.calls, repeats=3, rounds=job.rounds).us
+        results = compiled(tuple(sets[i % len(sets)] for i in range(job.calls)))
+        error = float(max(map(_error, live, results, expected)))
+        timed = timing.time_compiled(compiled, sets, job.calls, repeats=3, rounds=job.rounds)
+        us = timed.us
         rows.append(
             dataclasses.replace(
-                row, us=us, gb_per_s=bytes_moved / us / 1e3, tflops=flops / us / 1e6, floor_share=floor * 1e6 / us,
-                error=error, refused="" if error <= 8 * TOLERANCE else f"wrong: {error:.3g} of the spread",
+                row, us=us, gb_per_s=job.bytes / us / 1e3, tflops=job.flops / us / 1e6, floor_share=floor * 1e6 / us,
+                error=error, host_bound=timed.host_bound,
+                refused="" if error <= TOLERANCE else f"wrong: {error:.3g} of the spread",
             )
         )  # fmt: skip
     return rows
@@ -208,5 +218,11 @@ def _expected(case: Case, x: jax.Array, *rest: Any) -> tuple[jax.Array, ...]:
     return (ACTIVATION.halves(result) if case.kind == "joined" else result,)
 
 
-def _error(live: int, found: jax.Array, expected: jax.Array) -> float:
-    return float(jnp.max(jnp.abs(found[:live].astype(jnp.float32) - expected[:live].astype(jnp.float32))))
+def _error(live: int, found: tuple[jax.Array, ...], expected: tuple[jax.Array, ...]) -> float:
+    """The largest difference in the first `live` rows, in the spread of what is expected; infinite for a NaN."""
+    worst = 0.0
+    for ours, theirs in zip(found, expected, strict=True):
+        wide, other = ours[:live].astype(jnp.float32), theirs[:live].astype(jnp.float32)
+        error = float(jnp.max(jnp.abs(wide - other)) / jnp.maximum(jnp.std(other), 1e-6)) if live else 0.0
+        worst = max(worst, error if math.isfinite(error) else math.inf)
+    return worst

@@ -66,4 +66,5 @@ def locate_group(sizes_ref: Any, tile_id: jax.Array, *, tile: int, num_rows: int
 
     offset = (tile_id - total(tiles, before & (ids < num_groups))) * tile
     size = total(sizes, ids == group)
-    return GroupTile(group, total(sizes, ids < group) + offset, jnp.clip(size - offset, 0, tile))
+    first_row = total(sizes, ids < group) + offset
+    return GroupTile(group, first_row, jnp.clip(jnp.minimum(size - offset, num_rows - first_row), 0, tile))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 Implementation = Callable[..., Any]
 
@@ -57,19 +58,46 @@ def dispatch(
     arrays = {name: value for name, value in kwargs.items() if name == "out" and value is not None}
     static = {name: value for name, value in kwargs.items() if name not in arrays}
     try:  # tracing shows a refusal without launching anything
+        _require_device(args)
         jax.eval_shape(functools.partial(best, **static), *args, **arrays)
     except NotImplementedError as refusal:
         warnings.warn(f"{op} falls back to 'reference' ({refusal})", stacklevel=3)
         return reference(*args, **kwargs)
+    how = best, reference, tuple(static.items()), differentiable
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, arrays))):
+        return _by_platform(*how)(args, arrays)
+    # compiled once, and for where the arrays are: outside a trace JAX would ask about its default device
+    return _compiled(*how)(args, arrays)
+
+
+def _by_platform(
+    best: Implementation, reference: Implementation, options: tuple[tuple[str, Any], ...], differentiable: bool
+) -> Callable[..., Any]:
+    """Chooses when the call is lowered, so that arrays on the CPU of a machine with a GPU are served too."""
+    static = dict(options)
+    best = _with_gradient_of(reference, best, static) if differentiable else best
 
     def call(function: Implementation) -> Callable[..., Any]:
         return lambda args, arrays: function(*args, **static, **arrays)
 
-    if differentiable:
-        best = _with_gradient_of(reference, best, static)
+    def run(args: tuple[Any, ...], arrays: dict[str, Any]) -> Any:
+        return jax.lax.platform_dependent(args, arrays, cuda=call(best), default=call(reference))
 
-    # decided when the call is lowered, so that arrays on the CPU of a machine with a GPU are served too
-    return jax.lax.platform_dependent(args, arrays, cuda=call(best), default=call(reference))
+    return run
+
+
+@functools.lru_cache(maxsize=128)
+def _compiled(*key: Any) -> Callable[..., Any]:
+    return jax.jit(_by_platform(*key))
+
+
+def _require_device(args: tuple[Any, ...]) -> None:
+    """8-bit numbers are multiplied by what Hopper and later have: bfloat16 arithmetic in pairs, conversions of e4m3."""
+    if not any(getattr(leaf, "dtype", None) == jnp.float8_e4m3fn for leaf in jax.tree.leaves(args)):
+        return
+    capability = getattr(jax.local_devices()[0], "compute_capability", None)
+    if capability is not None and float(capability) < 9.0:
+        raise NotImplementedError(f"pallas_triton: 8-bit operands need compute capability 9.0, this is {capability}")
 
 
 def _with_gradient_of(reference: Implementation, best: Implementation, static: Mapping[str, Any]) -> Implementation:

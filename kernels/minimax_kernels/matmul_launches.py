@@ -32,14 +32,15 @@ class MatmulLaunch:
 
 
 def measured_launch(
-    kind: str, num_rows: int, in_features: int, column_divisor: int, out_features: int
+    kind: str, quantized: bool, num_groups: int, num_rows: int, in_features: int, column_divisor: int, out_features: int
 ) -> MatmulLaunch | None:
     """What was measured for this weight at this number of rows, rounded up to a power of two; None if nothing was.
 
     Args:
       kind: "matmul", or for sorted rows "groups", or "joined" where the halves are joined.
     """
-    found = PRODUCTS.get((kind, in_features, out_features, next_power_of_two(num_rows)))
+    weight = "mxfp8" if quantized else "bf16"
+    found = PRODUCTS.get((kind, weight, num_groups, in_features, out_features, next_power_of_two(num_rows)))
     if found is None or column_divisor % found[1]:
         return None
     return MatmulLaunch(*found[:4], Launch(*found[4:]))
@@ -50,14 +51,17 @@ def largest_divisor(size: int, most: int) -> int:
     return min(size & -size, most)
 
 
-def matmul_launch(num_rows: int, in_features: int, column_divisor: int, out_features: int) -> MatmulLaunch:
+def matmul_launch(
+    num_rows: int, in_features: int, column_divisor: int, out_features: int, *, quantized: bool = True
+) -> MatmulLaunch:
     """For all rows times one weight, or several side by side.
 
     Args:
       column_divisor: what a tile's columns must divide.
       out_features: of all weights together.
+      quantized: whether the weights are MXFP8.
     """
-    measured = measured_launch("matmul", num_rows, in_features, column_divisor, out_features)
+    measured = measured_launch("matmul", quantized, 1, num_rows, in_features, column_divisor, out_features)
     if measured is not None:
         return measured
     if num_rows <= FEW_ROWS:
@@ -77,16 +81,26 @@ def matmul_launch(num_rows: int, in_features: int, column_divisor: int, out_feat
 
 
 def group_launch(
-    num_rows: int, num_groups: int, in_features: int, column_divisor: int, out_features: int, *, joined: bool = False
+    num_rows: int,
+    num_groups: int,
+    in_features: int,
+    column_divisor: int,
+    out_features: int,
+    *,
+    joined: bool = False,
+    quantized: bool = True,
+    all_rows: int | None = None,
 ) -> MatmulLaunch:
     """For rows that groups share evenly, as far as is known before they are counted.
 
     Args:
       joined: a program takes block_n columns of each of two halves.
+      quantized: whether the weights are MXFP8.
+      all_rows: rows that there is room for, `num_rows` if None; every split writes its sums of all of them.
     """
     mean_rows = ceil_div(num_rows, num_groups)
     kind = "joined" if joined else "groups"
-    measured = measured_launch(kind, num_rows, in_features, column_divisor, out_features)
+    measured = measured_launch(kind, quantized, num_groups, num_rows, in_features, column_divisor, out_features)
     if measured is not None:
         return measured
     block_k = largest_divisor(in_features, MOST_BLOCK_K if mean_rows <= FEW_ROWS else 64)
@@ -95,8 +109,8 @@ def group_launch(
         return MatmulLaunch(128 if mean_rows > 128 else 64, block_n, block_k, 1, Launch(4, 3))
     block_m = max(next_power_of_two(mean_rows), 16)
     programs = min(num_rows, num_groups) * (out_features // block_n)
-    # each split writes its sums of all rows, also of those that turn out to belong elsewhere
-    splits = _splits(programs, 3 * NUM_SMS, in_features // block_k) if num_rows <= 16 and programs < NUM_SMS else 1
+    may_split = (num_rows if all_rows is None else all_rows) <= FEW_ROWS and programs < NUM_SMS
+    splits = _splits(programs, 3 * NUM_SMS, in_features // block_k) if may_split else 1
     return MatmulLaunch(block_m, block_n, block_k, splits, Launch(4, 4 if block_m <= 32 else 3))
 
 

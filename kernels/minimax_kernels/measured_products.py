@@ -1,9 +1,10 @@
 """Launch parameters of products by shape, written by scripts/bench_products.py: change it there.
 
-Keys are (kind, inputs, columns, rows): rows of one weight or of all groups, rounded up to a power of two.
+Keys are (kind, weight, groups, inputs, columns, rows): "mxfp8" or "bf16"; rows of all groups, rounded up to a power of
+two.
 Values are (block_m, block_n, block_k, splits, warps, stages).
 """
 
-Table = dict[tuple[str, int, int, int], tuple[int, int, int, int, int, int]]
+Table = dict[tuple[str, str, int, int, int, int], tuple[int, int, int, int, int, int]]
 
 PRODUCTS: Table = {}

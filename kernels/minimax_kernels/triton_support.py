@@ -26,6 +26,7 @@ def require_pages(q: jax.Array, cache: jax.Array, block_size: int, head_dim: int
         raise NotImplementedError(
             f"pallas_triton: queries are {q.dtype}, the cache is {cache.dtype}, which is neither that nor {FP8}"
         )
+    require_offsets("the cache", cache, interpret=interpret)
     if str(q.dtype) not in NARROW and not interpret:
         raise NotImplementedError(f"pallas_triton: {q.dtype} is not one of {', '.join(NARROW)}")
     for name, value in (("block size", block_size), ("head_dim", head_dim)):
@@ -47,6 +48,10 @@ def require_weight(x: jax.Array, w: Weight, *, interpret: bool) -> None:
     for name, size, least in (("K", w.shape[-2], BLOCK), ("N", w.shape[-1], LEAST_COLUMNS)):
         if largest_divisor(size, least) < least:
             raise NotImplementedError(f"pallas_triton: {name} = {size} of the weight is not a multiple of {least}")
-    # Triton's offsets are 32 bits, signed, for arrays of up to 4 GiB
-    if isinstance(w, Mxfp8) and not interpret and 1 << 31 <= w.values.size < 1 << 32:
-        raise NotImplementedError(f"pallas_triton: MXFP8 values of {w.values.size} bytes, between 2 and 4 GiB")
+    require_offsets("the weight", w.values if isinstance(w, Mxfp8) else w, interpret=interpret)
+
+
+def require_offsets(name: str, x: jax.Array, *, interpret: bool) -> None:
+    """Pallas counts elements in 32 bits, signed, in arrays of up to 4 GiB: too few where an element is one byte."""
+    if not interpret and x.dtype.itemsize == 1 and 1 << 31 < x.size <= 1 << 32:
+        raise NotImplementedError(f"pallas_triton: {name} has {x.size} bytes of {x.dtype}, between 2 and 4 GiB")

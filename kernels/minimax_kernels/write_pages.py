@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from minimax_kernels.cache_types import as_stored
 from minimax_kernels.launch_table import WRITE_LAUNCH, WRITE_TOKENS
 from minimax_kernels.triton_call import ceil_div, is_power_of_two, next_power_of_two, triton_call
+from minimax_kernels.triton_support import require_offsets
 
 
 def write_pages(
@@ -34,6 +35,8 @@ def write_pages(
         block_size, head_dim = cache.shape[2:]
         if not is_power_of_two(head_dim) or not is_power_of_two(block_size):
             raise NotImplementedError(f"pallas_triton: pages of [{block_size}, {head_dim}] are not powers of two")
+    for cache in caches:
+        require_offsets("a cache", cache, interpret=interpret)
     if num_tokens == 0:
         return tuple(caches)
     count = len(caches)

@@ -7,7 +7,11 @@ import math
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+
 from benchmarks.floors import Ceilings
+from benchmarks.products import checks, run
 from benchmarks.products.cases import LOCAL, Case, all_cases, candidates
 from benchmarks.products.run import run_cases
 from minimax_kernels.matmul_launches import matmul_launch
@@ -41,7 +45,7 @@ def test_a_case_is_checked_and_timed_and_its_table_is_read_back(tmp_path, monkey
     )  # fmt: skip
     (row,) = rows
     assert row.us > 0 and not row.refused and 0 <= row.error < 0.01 and math.isfinite(row.gb_per_s)
-    assert best == {("matmul", 96, 1536, 1): row.launch}
+    assert best == {("matmul", "mxfp8", 1, 96, 1536, 1): row.launch}
     spec = importlib.util.spec_from_file_location("bench_products", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -53,6 +57,35 @@ def test_a_case_is_checked_and_timed_and_its_table_is_read_back(tmp_path, monkey
     assert (launch.block_m, launch.block_n, launch.block_k, launch.splits) == chosen[:4]
     assert (launch.launch.num_warps, launch.launch.num_stages) == chosen[4:]
     assert matmul_launch(1, 96, 8, 1536).block_n == 8  # widths that the measured tile does not divide
+
+
+def test_a_result_that_is_wrong_or_no_number_is_noticed(monkeypatch):
+    case = Case("matmul", "shared_down", 1, shrink=4)
+    own = run._Job.function
+    for spoil in (lambda x: x.at[..., -1].set(jnp.nan), lambda x: x.at[..., -1].add(10 * jnp.std(x))):
+        monkeypatch.setattr(
+            run._Job, "function", lambda *args, spoil=spoil: lambda *x: tuple(map(spoil, own(*args)(*x)))
+        )
+        best, (row,) = run_cases(
+            [case], Ceilings(1e9, 1e9), time.monotonic() + 60, [].append, interpret=True, quick=True
+        )  # fmt: skip
+        assert row.refused.startswith("wrong") and not best
+
+
+def test_checks_of_a_layers_other_kernels_notice_what_is_wrong(monkeypatch):
+    monkeypatch.setattr(checks, "TOKENS", (7,))
+    assert checks._bytes("reference", 64) == checks._choose("reference", 1) == checks._add_norm("reference", 16) == []
+    run = checks._run
+
+    def spoiled(op, impl, **options):
+        plain = run(op, impl, **options)
+        if impl == "reference":
+            return plain
+        return lambda *args: jax.tree.map(lambda x: x.at[-1, -1].set(2 * x[-1, -1] + 1), plain(*args))
+
+    monkeypatch.setattr(checks, "_run", spoiled)
+    assert checks._bytes("pallas_triton_interpret", 64) and checks._choose("pallas_triton_interpret", 1)
+    assert checks._add_norm("pallas_triton_interpret", 16)
 
 
 def test_no_case_begins_after_the_deadline():

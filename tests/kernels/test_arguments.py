@@ -46,8 +46,8 @@ ARGS["msa"] = ARGS["dense_attention"] | {
 }  # fmt: skip
 
 
-def quantised(*shape, scale_rows=None):
-    scales = (*shape[:-2], scale_rows or shape[-2] // 32, shape[-1])
+def quantised(*shape, scale_rows=None, lead=None):
+    scales = (*(shape[:-2] if lead is None else lead), scale_rows or shape[-2] // 32, shape[-1])
     return mk.Mxfp8(jnp.zeros(shape, jnp.float8_e4m3fn), jnp.full(scales, 127, jnp.uint8))
 
 
@@ -128,6 +128,7 @@ ERRORS = {
         ({"x": jnp.zeros((5, 32), jnp.int32)}, "x is int32: must be one of"),
         ({"w": jnp.zeros((32, 4))}, r"w has shape \(32, 4\): must be \[E, K, N\]"),
         ({"w": jnp.zeros((3, 16, 4))}, "x has K = 32: must be 16, as in w"),
+        ({"w": quantised(3, 32, 4, lead=())}, r"w has scales \(1, 4\) for values \(3, 32, 4\): must be"),
         ({"group_sizes": jnp.zeros(3)}, "group_sizes is float32: must be an integer type"),
         ({"group_sizes": jnp.zeros((3, 1), jnp.int32)}, r"group_sizes has shape \(3, 1\): must be \[E\]"),
         ({"group_sizes": jnp.zeros(2, jnp.int32)}, "group_sizes has E = 2: must be 3, as in w"),
@@ -159,6 +160,7 @@ ERRORS = {
         ({"expert_ids": jnp.zeros((5, 2))}, "expert_ids is float32: must be an integer type"),
         ({"expert_ids": jnp.zeros((4, 2), jnp.int32)}, "expert_ids has T = 4: must be 5, as in x"),
         ({"weights": jnp.zeros((5, 3))}, r"weights is float32 of shape \(5, 3\): must be floating, of expert_ids'"),
+        ({"num_experts": 0}, "num_experts = 0: must be an integer >= 1"),
         ({"gate_up": jnp.zeros((3, 16, 8))}, "gate_up has H = 16: must be 32, as in x"),
         ({"gate_up": jnp.zeros((3, 32, 7))}, "gate_up's last axis = 7: must be a multiple of the number of halves"),
         ({"down": jnp.zeros((2, 4, 32))}, "down has E = 2: must be 3, as in gate_up"),

@@ -65,6 +65,13 @@ def test_a_nan_logit_makes_weights_of_nan_and_ids_that_exist(impl):
     assert len(set(np.asarray(ids)[1].tolist())) == 3
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_experts_that_a_bias_rules_out_are_chosen_last_and_once(impl):
+    bias = jnp.array([0.0, -jnp.inf, -jnp.inf, -jnp.inf])
+    ids, _ = mk.choose_experts(jnp.zeros((1, 4)), bias, num_chosen=3, impl=impl)
+    assert ids.tolist() == [[0, 1, 2]]
+
+
 def sort_in_numpy(ids, experts):
     flat = np.where((ids >= 0) & (ids < experts), ids, experts).reshape(-1)
     order = np.argsort(flat, kind="stable")

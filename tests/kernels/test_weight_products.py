@@ -80,7 +80,7 @@ def test_matmul_of_several_weights(rows, inputs, quantised):
 
 
 def test_routed_experts_below_cover_split_inputs_and_joined_halves():
-    launches = [group_launch(rows, EXPERTS, HIDDEN, WIDTH, 2 * WIDTH, joined=True) for rows in (1, 45, 300)]
+    launches = [group_launch(rows, EXPERTS, HIDDEN, WIDTH, 2 * WIDTH, joined=True) for rows in (1, 90, 300)]
     assert [launch.splits > 1 for launch in launches] == [True, False, False]
 
 
@@ -120,6 +120,15 @@ def experts_in_float64(x, ids, weights, gate_up, down):
                 gated = (up + ACTIVATION.beta) * gate / (1 + np.exp(-ACTIVATION.alpha * gate))
                 total[token] += weights[token, choice] * (gated @ down[expert])
     return total
+
+
+def test_groups_that_count_more_rows_than_there_are_end_with_the_rows():
+    w, wide = weight(np.random.default_rng(0), EXPERTS, HIDDEN, WIDTH)
+    x = rows_of(np.random.default_rng(1), 4, HIDDEN)
+    result = jitted("grouped_matmul")(x, w, jnp.asarray([2, 40, 1, 0, 0], jnp.int32))
+    expected = numpy_ops.grouped_matmul(np.asarray(x, np.float64), wide, np.array([2, 2, 0, 0, 0]))
+    np.testing.assert_allclose(np.asarray(result, np.float64), expected, rtol=2**-8, atol=1e-6)
+    assert jitted("grouped_matmul")(x[:0], w, jnp.zeros(EXPERTS, jnp.int32)).shape == (0, WIDTH)
 
 
 @pytest.mark.parametrize("quantised", [True, False])

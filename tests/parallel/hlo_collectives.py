@@ -27,6 +27,13 @@ def replica_groups(text):
             continue
         if listed := re.search(r"replica_groups=\{(\{.*?\})\}", line):
             groups = [tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+        elif by_axes := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):  # of a mesh, along axes
+            sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", by_axes[1])}
+            along = re.findall(r"'(\w+)'", by_axes[2])
+            names = [*(name for name in sizes if name not in along), *along]
+            ranks = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+            ranks = ranks.transpose([list(sizes).index(name) for name in names])
+            groups = [tuple(group) for group in ranks.reshape(-1, math.prod(sizes[name] for name in along)).tolist()]
         else:  # in short: [groups, size]<=[shape]T(order)
             short = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
             shape, dims, order = ([int(x) for x in part.split(",")] if part else None for part in short.groups())

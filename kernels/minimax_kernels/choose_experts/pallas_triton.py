@@ -64,14 +64,15 @@ def _choose_kernel(
     column = jnp.arange(next_power_of_two(num_chosen), dtype=jnp.int32)[None, :]
     ids = jnp.zeros((TOKENS, column.shape[1]), jnp.int32)
     chosen = jnp.zeros(ids.shape, jnp.float32)
+    free = jnp.broadcast_to(real[None, :], left.shape)
     for i in range(num_chosen):
-        best = jnp.max(left, axis=1, keepdims=True)
+        best = jnp.max(jnp.where(free, left, -jnp.inf), axis=1, keepdims=True)
         # of equal ones the first
-        first = jnp.min(jnp.where(left == best, expert[None, :], num_experts - 1), axis=1, keepdims=True)
+        first = jnp.min(jnp.where(free & (left == best), expert[None, :], num_experts - 1), axis=1, keepdims=True)
         taken = expert[None, :] == first
         score = jnp.sum(jnp.where(taken, scores, 0.0), axis=1, keepdims=True)
         ids, chosen = jnp.where(column == i, first, ids), jnp.where(column == i, score, chosen)
-        left = jnp.where(taken, -jnp.inf, left)
+        free = free & ~taken
     weights = chosen / jnp.sum(chosen, axis=1, keepdims=True) * scale
     inside = (token < num_tokens)[:, None] & (column < num_chosen)
     to = jnp.where(token < num_tokens, token, num_tokens)[:, None], column

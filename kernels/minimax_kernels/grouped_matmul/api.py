@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 from minimax_kernels import checks
 from minimax_kernels.grouped_matmul import pallas_triton, reference
 from minimax_kernels.implementation import dispatch, implementations
+from minimax_kernels.matmul.api import check_weight
 from minimax_kernels.mxfp8 import Mxfp8
 
 _IMPLEMENTATIONS = implementations(pallas_triton.grouped_matmul, reference.grouped_matmul)
@@ -21,15 +22,15 @@ def grouped_matmul(
 ) -> Float[Array, "T N"]:
     """Multiplies the first group_sizes[0] rows with w[0], the next group_sizes[1] with w[1], and so on.
 
-    Rows past the sum of the group sizes give zeros. Products accumulate in float32; the result has x's type.
+    Rows past the sum of the group sizes give zeros; sizes count as far as x has rows. Products accumulate in
+    float32; the result has x's type.
 
     Raises:
       ValueError: for shapes or types that do not fit.
       NotImplementedError: if the named implementation cannot serve the call.
     """
     checks.check_rank("x", x, "[T, K]")
-    if w.ndim != 3:
-        raise ValueError(f"w has shape {tuple(w.shape)}: must be [E, K, N]")
+    check_weight("w", w, "[E, K, N]")
     checks.check_float("x", x)
     checks.check_int("group_sizes", group_sizes)
     checks.check_extent("x", "K", x.shape[1], w.shape[1], "in w")

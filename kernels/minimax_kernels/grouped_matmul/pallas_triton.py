@@ -1,8 +1,8 @@
 """Sorted rows times the weights of their groups: one kernel, whose programs find their group by themselves.
 
 A program takes up to block_m rows of one group, so a group without rows costs nothing and no row is padded in memory.
-The weight's tile is read once for all of them; MXFP8 becomes bfloat16 in registers. Programs that share rows are
-neighbours in the grid's slow axis, and their weight is in the second-level cache when the next rows need it.
+The weight's tile is read once for all of them; MXFP8 becomes bfloat16 in registers. Columns are the grid's fast axis:
+tiles of one expert run soon after each other, while its weight is in the second-level cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from minimax_kernels.group_tiles import GroupTile, count_group_tiles, locate_group, num_group_tiles
-from minimax_kernels.matmul_launches import MatmulLaunch, group_launch
+from minimax_kernels.matmul_launches import MatmulLaunch, group_launch, largest_divisor
 from minimax_kernels.mxfp8 import Mxfp8
 from minimax_kernels.swiglu import Swiglu
 from minimax_kernels.triton_call import ceil_div, triton_call
@@ -34,7 +34,10 @@ def grouped_matmul(
     """See `minimax_kernels.grouped_matmul`."""
     require_weight(x, w, interpret=interpret)
     num_groups, in_features, out_features = w.shape
-    launch = group_launch(x.shape[0], num_groups, in_features, out_features, out_features)
+    if x.shape[0] == 0 or num_groups == 0:
+        return jnp.zeros((x.shape[0], out_features), x.dtype)
+    divisor = largest_divisor(out_features, 1 << 30)
+    launch = group_launch(x.shape[0], num_groups, in_features, divisor, out_features, quantized=isinstance(w, Mxfp8))
     result = multiply_groups(x, w, group_sizes, launch=launch, zero_rest=True, interpret=interpret)
     return result.sum(axis=0).astype(x.dtype) if launch.splits > 1 else result
 
@@ -68,8 +71,7 @@ def multiply_groups(
     assert not (joined and launch.splits > 1)
     out_features = width // 2 if joined else width
     shape = (num_rows, out_features)
-    if num_rows == 0:
-        return jnp.zeros(shape if launch.splits == 1 else (launch.splits, *shape), x.dtype)
+    assert num_rows > 0
     tiles = most_tiles = num_group_tiles(num_rows, num_groups, launch.block_m, rest=zero_rest)
     if expected_rows is not None:  # a program without a tile takes a microsecond to find that out
         tiles = min(num_group_tiles(expected_rows + expected_rows // 8, num_groups, launch.block_m, rest=False), tiles)

@@ -32,7 +32,7 @@ def grouped_matmul(
         tile_rows, tile_group = tile
         taken = jax.tree.map(lambda leaf: leaf[tile_group], w)
         matrix = dequantize(taken, x.dtype) if isinstance(taken, Mxfp8) else taken
-        precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+        precision = jax.lax.Precision.HIGHEST if jnp.float32 in (x.dtype, matrix.dtype) else None
         inputs = x.at[tile_rows].get(mode="fill", fill_value=0)
         return jnp.matmul(inputs, matrix, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)
 

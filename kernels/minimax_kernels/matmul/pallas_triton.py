@@ -44,7 +44,8 @@ def matmul(
     num_rows, in_features = x.shape
     widths = [weight.shape[1] for weight in weights]
     divisor = min(largest_divisor(width, 1 << 30) for width in widths)
-    launch = launch or matmul_launch(num_rows, in_features, divisor, sum(widths))
+    quantized = isinstance(weights[0], Mxfp8)
+    launch = launch or matmul_launch(num_rows, in_features, divisor, sum(widths), quantized=quantized)
     ends = list(itertools.accumulate(widths, initial=0))
     if num_rows == 0:
         return tuple(jnp.zeros((0, width), dtype) for width in widths)
@@ -64,7 +65,7 @@ def matmul(
         ),
         grid=(ends[-1] // launch.block_n, ceil_div(num_rows, launch.block_m), launch.splits),
         launch=launch.launch,
-        name="mxfp8_matmul" if isinstance(weights[0], Mxfp8) else "several_matmuls",
+        name="mxfp8_matmul" if quantized else "several_matmuls",
         interpret=interpret,
     )  # fmt: skip
     if split and len(results) > 1:

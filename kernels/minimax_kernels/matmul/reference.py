@@ -15,11 +15,11 @@ from minimax_kernels.weight_tiles import Weight
 
 def matmul(x: Float[Array, "T K"], weights: Sequence[Weight], *, dtype: DTypeLike) -> tuple[Float[Array, "T N"], ...]:
     """See `minimax_kernels.matmul`."""
-    # float32 operands are multiplied exactly: a GPU would round them to TF32 otherwise
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
     def multiply(w: Weight) -> Array:
         matrix = dequantize(w, x.dtype) if isinstance(w, Mxfp8) else w
+        # float32 operands are multiplied exactly: a GPU would round them to TF32 otherwise
+        precision = jax.lax.Precision.HIGHEST if jnp.float32 in (x.dtype, matrix.dtype) else None
         return jnp.matmul(x, matrix, precision=precision, preferred_element_type=jnp.float32).astype(dtype)
 
     return tuple(map(multiply, weights))

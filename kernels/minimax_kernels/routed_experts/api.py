@@ -34,8 +34,8 @@ def routed_experts(
     Args:
       gate_up: [E, H, 2 * F], [gate | up].
       down: [E, F, H].
-      num_experts: how many experts the ids were chosen from, here and elsewhere; E if None. A guess of how many rows
-        come here, from which tiles are chosen; any number gives the same result.
+      num_experts: how many experts the ids were chosen from, here and elsewhere, at least 1; None if all are here. A
+        guess of how many rows come here, from which tiles are chosen; any number gives the same result.
 
     Raises:
       ValueError: for shapes or types that do not fit.
@@ -51,6 +51,8 @@ def routed_experts(
             f"weights is {weights.dtype} of shape {tuple(weights.shape)}: must be floating, of expert_ids' "
             f"{tuple(expert_ids.shape)}"
         )
+    if num_experts is not None:
+        checks.check_positive("num_experts", num_experts)
     check_weight("gate_up", gate_up, "[E, H, 2F]")
     check_weight("down", down, "[E, F, H]")
     checks.check_multiple("gate_up's last axis", gate_up.shape[2], "the number of halves", 2)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minimax_kernels.grouped_matmul.pallas_triton import multiply_groups
 from minimax_kernels.matmul_launches import group_launch, largest_divisor
+from minimax_kernels.mxfp8 import Mxfp8
 from minimax_kernels.routed_experts.combine import combine_rows
 from minimax_kernels.routed_experts.sort_few import can_sort_few, sort_few_pairs
 from minimax_kernels.routed_experts.sorting import sort_pairs
@@ -35,8 +37,8 @@ def routed_experts(
     """See `minimax_kernels.routed_experts`."""
     require_weight(x, gate_up, interpret=interpret)
     require_weight(x, down, interpret=interpret)
-    if x.shape[0] == 0:
-        return x
+    if expert_ids.size == 0:
+        return jnp.zeros_like(x)
     local, hidden, width = gate_up.shape
     num_rows = expert_ids.size
     if can_sort_few(num_rows, local):
@@ -46,7 +48,8 @@ def routed_experts(
     rows_here = num_rows if num_experts is None else min(max(num_rows * local // num_experts, 1), num_rows)
     options: dict[str, Any] = {"expected_rows": rows_here, "interpret": interpret}
     half = largest_divisor(width // 2, 1 << 30)
-    launch = group_launch(rows_here, local, hidden, half, width, joined=True)
+    sizes: dict[str, Any] = {"all_rows": num_rows, "quantized": isinstance(gate_up, Mxfp8)}
+    launch = group_launch(rows_here, local, hidden, half, width, joined=True, **sizes)
     joined = launch.splits == 1
     gated = multiply_groups(
         x, gate_up, pairs.group_sizes, source=pairs.source, activation=activation if joined else None,
@@ -54,7 +57,8 @@ def routed_experts(
     )  # fmt: skip
     if not joined:
         gated = activation.halves(gated.sum(axis=0).astype(x.dtype))
-    launch = group_launch(rows_here, local, down.shape[1], hidden, hidden)
+    sizes["quantized"] = isinstance(down, Mxfp8)
+    launch = group_launch(rows_here, local, down.shape[1], hidden, hidden, **sizes)
     rows = multiply_groups(gated, down, pairs.group_sizes, launch=launch, **options)
     if launch.splits == 1:
         rows = rows[None]

@@ -20,7 +20,7 @@ LAUNCH = Launch(num_warps=8, num_stages=1)
 
 def can_sort_few(num_pairs: int, num_experts: int) -> bool:
     """Whether `sort_few_pairs` takes so many."""
-    return 0 < next_power_of_two(num_pairs) * next_power_of_two(num_experts + 1) <= MOST_CELLS
+    return next_power_of_two(num_pairs) * next_power_of_two(num_experts + 1) <= MOST_CELLS
 
 
 def sort_few_pairs(expert_ids: Int[Array, "T k"], num_experts: int, *, interpret: bool) -> SortedPairs:
