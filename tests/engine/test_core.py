@@ -18,10 +18,11 @@ from minimax_jax.engine.scheduler import Scheduler
 from minimax_jax.engine.sequence import Sequence
 from minimax_jax.engine.step_arrays import SlotTables, StepShape, step_arrays
 from minimax_jax.engine.step_inputs import BAD_LOGITS
+from minimax_jax.tokenizer import Tokenizer
 
 
 class PretendedRunner:
-    """Makes real arrays of every plan, runs nothing; `fail_at` counts fetches, `taken_at` launches that lose the pages."""
+    """Makes real arrays of every plan, runs nothing. `fail_at` counts fetches, `taken_at` launches that lose pages."""
 
     spans_processes, decodes_whole = False, True
 
@@ -139,3 +140,15 @@ def test_a_device_that_is_gone_ends_the_engine_and_every_caller_hears_why():
     with pytest.raises(EngineClosedError, match="no pages on it any more"):
         thread.submit(requests, told.put)
     thread.close()
+
+
+def test_a_request_that_is_failed_keeps_the_text_that_was_held_back_for_a_stop_string():
+    tokenizer, params = Tokenizer.from_pretrained("tiny"), SamplingParams(max_tokens=9, stop="two three")
+    request = Request(
+        "0", None, [1], params, arrival=0, seed=0, max_seq_len=32, vocab_size=9, tokenizer=tokenizer
+    )  # fmt: skip
+    for token in tokenizer.encode("one two"):
+        request.sequences[0].text.push(token)
+    before = request.output().outputs[0].text
+    request.fail(EngineClosedError("closed"), "abort")
+    assert before == "one " and request.output().outputs[0].text == "one two"
