@@ -18,7 +18,7 @@ from minimax_jax.engine.engine_config import CacheConfig, DecodeConfig, SegmentC
 from minimax_jax.engine.runner_config import RunnerConfig
 from minimax_jax.engine.scheduler import Scheduler
 from minimax_jax.engine.segmented_prefill import LEAST_BUCKET
-from minimax_jax.engine.step_inputs import LOOP_FEATURES
+from minimax_jax.engine.step_inputs import GREEDY, LOOP_FEATURES
 from minimax_jax.engine.step_runner import StepRunner
 from minimax_jax.engine.steps import Steps
 from minimax_jax.tensor_table import cache_bytes_per_token
@@ -111,8 +111,9 @@ def build_core(
         segmented=steps.segments(buckets, (limits.max_batch_size,), page_buckets),
     )
 
+    rows, pages = runner.config.rows(limits.max_batch_size), runner.config.pages(width)
+
     def run_largest() -> None:
-        rows, pages = runner.config.rows(limits.max_batch_size), runner.config.pages(width)
         runner.warm_up("prefill", runner.config.tokens(limits.max_num_tokens), rows, pages)
         runner.warm_up("decode", rows, rows, pages)
 
@@ -126,10 +127,12 @@ def build_core(
             most_pages=most,
             memory_fraction=cache.free_memory_fraction,
         )
+        if steps_per_launch > 1:  # the loop where all are greedy: as likely to be met first, and of less memory
+            runner.warm_up("decode", rows, rows, pages, loops=(GREEDY,))
     elif most is not None and most != pool.num_pages:
         pool.resize(most, keep=False)
     if warm_up == "all":
-        warm_up_all(runner, runner.config.pages(width), progress=progress)
+        warm_up_all(runner, pages, progress=progress)
     schedulers = [
         Scheduler(
             PageAllocator(pool.num_pages, reuse=cache.enable_reuse),

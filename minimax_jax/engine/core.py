@@ -128,7 +128,7 @@ class EngineCore:
             except jax.errors.JaxRuntimeError as error:
                 if self.runner.spans_processes:
                     raise
-                touched += self._read()
+                touched += self._read(clear=False)  # the failed launch may have taken the pages; all are made anew
                 return touched + (self._start_over(plans, error) if self._intact else [])
             self._count(launched)
         touched += self._read()
@@ -154,8 +154,12 @@ class EngineCore:
             rows = (row for plan in step.plans for row in plan.rows)
             self.counts.prompt_tokens += sum(row.num_tokens for row in rows if row.start < row.sequence.num_prompt)
 
-    def _read(self) -> list[Sequence]:
-        """Takes in the tokens of the step in flight, waiting for them."""
+    def _read(self, *, clear: bool = True) -> list[Sequence]:
+        """Takes in the tokens of the step in flight, waiting for them.
+
+        Args:
+          clear: whether to clear the pages of rows that end badly.
+        """
         step, self._inflight, self._intact = self._inflight, None, True
         if step is None:
             return []
@@ -193,6 +197,8 @@ class EngineCore:
                     own = None if asked is None else jax.tree.map(lambda x, at=at: x[at], asked)
                     if not self._take(sequence, token, row.start + row.num_tokens + place, own):
                         break
+        if not clear:
+            return touched
         try:
             self.runner.clear_pages(wrong)
         except jax.errors.JaxRuntimeError:

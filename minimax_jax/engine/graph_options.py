@@ -16,6 +16,9 @@ LOOPS_IN_GRAPHS = {
 class GraphedLoop:
     """A jitted function that holds a loop, compiled with the loop in a graph; without, if XLA or the driver refuse.
 
+    Each shape is an executable of its own, so any call may be the first that is refused; none is put in a graph then
+    any more.
+
     Attributes:
       refusal: why loops are in no graphs, None while they are.
     """
@@ -28,7 +31,6 @@ class GraphedLoop:
         """
         self._make = make
         self._run = make(LOOPS_IN_GRAPHS if graphs else None)
-        self._untried = graphs
         self.refusal: str | None = None if graphs else "not asked for"
 
     def lower(self, *args: Any, **static: Any) -> jax.stages.Lowered:
@@ -42,14 +44,14 @@ class GraphedLoop:
           jax.errors.JaxRuntimeError: as the function without graphs.
         """
         try:
-            result = self._run(donated, *args, **static)
+            return self._run(donated, *args, **static)
         except jax.errors.JaxRuntimeError as error:
             taken = any(leaf.is_deleted() for leaf in jax.tree.leaves(donated))
-            # what failed for want of memory, or after it had run once, would fail in any form
-            if not self._untried or taken or "RESOURCE_EXHAUSTED" in str(error):
+            # what failed for want of memory, or once it ran, would fail in any form
+            if self.refusal is not None or taken or "RESOURCE_EXHAUSTED" in str(error):
                 raise
-            self._untried, self.refusal = False, str(error).splitlines()[0]
-            self._run = self._make(None)
-            return self._run(donated, *args, **static)
-        self._untried = False
+            refusal = str(error).splitlines()[0]
+        plain = self._make(None)
+        result = plain(donated, *args, **static)  # where this fails too, it was not for the graph, which stays
+        self._run, self.refusal = plain, refusal
         return result

@@ -112,7 +112,7 @@ class Request:
             self._metrics = dataclasses.replace(self._metrics, finished=now)
 
     def fail(self, error: Exception, reason: str) -> None:
-        """Ends it from outside.
+        """Ends it from outside. Text that was held back, since a stop string might have begun, is text of the answer.
 
         Args:
           reason: the `finish_reason` of its answers that were not done, "abort" or "error".
@@ -121,6 +121,8 @@ class Request:
         for sequence in self.sequences:
             if sequence.finish_reason is None:
                 sequence.finish_reason = reason
+                if sequence.text is not None:
+                    sequence.text.finish(search=False)
 
     @property
     def finished(self) -> bool:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from minimax_jax.engine.generation_config import COLDEST
@@ -40,25 +38,6 @@ class SamplingState:
     def keys(self) -> Key[Array, "R"]:
         """One random key a row."""
         return jax.vmap(lambda seed, stream: jax.random.fold_in(jax.random.key(seed), stream))(self.seeds, self.streams)
-
-
-def sampling_state(
-    seed: int, num_rows: int, temperature: float, top_p: float, top_k: int, vocab_size: int
-) -> SamplingState:
-    """State for `num_rows` rows that all sample alike; row r draws from stream r of the seed."""
-
-    def rows(value: float, dtype: Any) -> Array:
-        return jnp.full(num_rows, value, dtype)
-
-    most = min(top_k, vocab_size) if top_k else vocab_size
-    return SamplingState(
-        rows(temperature, jnp.float32),
-        rows(top_p, jnp.float32),
-        rows(0, jnp.float32),
-        rows(most, jnp.int32),
-        jnp.asarray(np.full(num_rows, seed, np.uint32)),
-        jnp.arange(num_rows, dtype=jnp.uint32),
-    )
 
 
 def pick_tokens(

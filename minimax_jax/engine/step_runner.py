@@ -201,7 +201,11 @@ class StepRunner:
         self._edit([[(source, target) for source, target in own] for own in copies])
 
     def clear_pages(self, pages: Rows[Rows[int]]) -> None:
-        """Zeroes pages of each data rank: numbers that are none must not reach whoever gets them next."""
+        """Zeroes pages of each data rank, so that NaN does not stay where logits were none.
+
+        Nobody's result depends on it: attention masks what lies behind a row's own tokens, whatever it is. So the pages
+        of a row that ended while a step computed it stay as they are; by then they may belong to others.
+        """
         if any(pages):
             self._edit([[(-1, page) for page in own] for own in pages])
 

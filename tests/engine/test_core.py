@@ -18,16 +18,19 @@ from minimax_jax.engine.scheduler import Scheduler
 from minimax_jax.engine.sequence import Sequence
 from minimax_jax.engine.step_arrays import SlotTables, StepShape, step_arrays
 from minimax_jax.engine.step_inputs import BAD_LOGITS
+from minimax_jax.tokenizer import Tokenizer
 
 
 class PretendedRunner:
-    """Makes real arrays of every plan, runs nothing; `fail_at` counts fetches."""
+    """Makes real arrays of every plan, runs nothing. `fail_at` counts fetches, `taken_at` launches that lose pages."""
 
     spans_processes, decodes_whole = False, True
 
     def __init__(self, segmented: bool, fail_at: int):
         self.pool = SimpleNamespace(num_pages=16, resize=self.resize)
         self.bad_at, self.clearing, self.refusals, self.resized = 0, True, 0, []
+        self.taken_at = self.launched = 0
+        self.taken = False
         self.tables, self.segmented, self.fail_at, self.fetched = [SlotTables(4, 16)], segmented, fail_at, 0
 
     def needs_known_tokens(self, plans):
@@ -35,6 +38,10 @@ class PretendedRunner:
 
     def launch(self, plans):
         step_arrays(plans, self.tables, StepShape(32, 4, 16), page_size=4, num_slots=4)
+        self.launched += 1
+        if self.launched == self.taken_at:
+            self.taken = True
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
         return LaunchedStep(tuple(plans), 4, None, None, (), "prefill", "whole")
 
     def fetch(self, step):
@@ -50,8 +57,11 @@ class PretendedRunner:
         self.resized.append(num_pages)
         if len(self.resized) <= self.refusals:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room\nmore")
+        self.taken = False
 
     def clear_pages(self, wrong):
+        if any(wrong) and self.taken:
+            raise RuntimeError("Array has been deleted.")  # jax's own, which is no JaxRuntimeError
         if any(wrong) and not self.clearing:
             raise jax.errors.JaxRuntimeError("INTERNAL: the device is busy")
 
@@ -92,6 +102,15 @@ def test_pages_that_cannot_be_cleared_are_made_anew(bad_at):
     assert len(failed) == 1 and isinstance(failed[0].error, NonFiniteLogitsError) and runner.resized == [16]
 
 
+@pytest.mark.parametrize("bad_at", [1, 2, 4])
+def test_a_launch_that_loses_the_pages_after_a_row_that_ends_badly_ends_these_two_alone(bad_at):
+    runner = PretendedRunner(segmented=False, fail_at=0)
+    runner.bad_at, runner.taken_at = bad_at, bad_at + 1
+    failed, _ = served(runner)
+    assert {type(sequence.error) for sequence in failed} <= {NonFiniteLogitsError, DeviceStepError}
+    assert isinstance(failed[0].error, NonFiniteLogitsError) and len(failed) <= 2 and runner.resized == [16]
+
+
 def test_pages_that_are_refused_are_asked_for_once_more():
     runner = PretendedRunner(segmented=False, fail_at=2)
     runner.refusals = 1
@@ -121,3 +140,15 @@ def test_a_device_that_is_gone_ends_the_engine_and_every_caller_hears_why():
     with pytest.raises(EngineClosedError, match="no pages on it any more"):
         thread.submit(requests, told.put)
     thread.close()
+
+
+def test_a_request_that_is_failed_keeps_the_text_that_was_held_back_for_a_stop_string():
+    tokenizer, params = Tokenizer.from_pretrained("tiny"), SamplingParams(max_tokens=9, stop="two three")
+    request = Request(
+        "0", None, [1], params, arrival=0, seed=0, max_seq_len=32, vocab_size=9, tokenizer=tokenizer
+    )  # fmt: skip
+    for token in tokenizer.encode("one two"):
+        request.sequences[0].text.push(token)
+    before = request.output().outputs[0].text
+    request.fail(EngineClosedError("closed"), "abort")
+    assert before == "one " and request.output().outputs[0].text == "one two"

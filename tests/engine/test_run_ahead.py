@@ -196,22 +196,36 @@ def test_a_warm_up_compiles_the_loop_that_serving_runs(ahead):
     assert compilations() == before
 
 
-def test_a_loop_that_xla_refuses_to_put_in_a_graph_runs_without():
+@pytest.mark.parametrize("rows", [2, 3])
+def test_a_loop_that_xla_refuses_to_put_in_a_graph_runs_without(rows):
+    """At once, or after other shapes were in graphs."""
     made = []
 
     def make(options):
         made.append(options)
 
         def run(donated):
-            if options is not None:
+            if options is not None and donated.shape[0] >= rows:
                 raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: no such option: WHILE\nmore")
             return donated + 1
 
         return run
 
     loop = GraphedLoop(make, graphs=True)
-    assert loop(jnp.ones(2)).tolist() == [2, 2] and loop(jnp.ones(2)).tolist() == [2, 2]
+    for count in (2, 3, 2, 3):
+        assert loop(jnp.ones(count)).tolist() == [2] * count
     assert made == [LOOPS_IN_GRAPHS, None] and loop.refusal == "INVALID_ARGUMENT: no such option: WHILE"
+
+
+def test_a_loop_that_fails_without_its_graph_too_keeps_it():
+    def fail(donated):
+        raise jax.errors.JaxRuntimeError("INTERNAL: an earlier step failed")
+
+    runs = [fail, fail]
+    loop = GraphedLoop(lambda options: lambda donated: (runs.pop() if runs else jnp.negative)(donated), graphs=True)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="an earlier step failed"):
+        loop(jnp.ones(2))
+    assert loop.refusal is None and loop(jnp.ones(2)).tolist() == [-1, -1]
 
 
 def test_a_loop_that_runs_out_of_memory_keeps_its_graph():

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sampling_states import sampling_state
 
 from minimax_jax.engine.likeliest import likeliest
-from minimax_jax.engine.sampler import SamplingState, _kept, pick_tokens, sampling_state
+from minimax_jax.engine.sampler import SamplingState, _kept, pick_tokens
 
 VOCAB = 12
 _jitted = jax.jit(_kept, static_argnames="candidates")

@@ -7,6 +7,8 @@ from serving import PAGE, small_llm
 from small_models import VOCAB, small_model
 
 from minimax_jax import LLM, SamplingParams
+from minimax_jax.engine.step_inputs import GREEDY, SAMPLED
+from minimax_jax.engine.step_runner import StepRunner
 
 
 def test_serving_compiles_nothing_after_a_warm_up_over_all_shapes():
@@ -25,6 +27,19 @@ def test_serving_compiles_nothing_after_a_warm_up_over_all_shapes():
             outputs = llm.generate(prompts, params)
             assert all(output.error is None for output in outputs)
         assert compilations() == before
+
+
+@pytest.mark.parametrize(("steps", "loops"), [(1, set()), (4, {GREEDY, SAMPLED})])
+def test_a_warm_up_of_the_largest_steps_runs_the_sampled_loop_and_the_greedy_one(monkeypatch, steps, loops):
+    seen = set()
+
+    def warm_up(runner, kind, *shape, loops=(SAMPLED,)):
+        if kind == "decode" and runner.config.steps_per_launch > 1:
+            seen.update((*shape, features) for features in loops)
+
+    monkeypatch.setattr(StepRunner, "warm_up", warm_up)
+    small_llm(small_model(), warm_up=True, steps=steps).close()
+    assert seen == {(8, 8, 32, features) for features in loops}
 
 
 def test_other_warm_ups_are_refused():

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hlo_collectives import collectives
 from parallel_models import VOCAB, four_head_config, name_of
+from sampling_states import sampling_state
 
 from minimax_jax import MiniMaxM3ForCausalLM
 from minimax_jax.cache import PagePool
 from minimax_jax.engine.row_state import Adjustments, empty_rows
-from minimax_jax.engine.sampler import sampling_state
 from minimax_jax.engine.step_inputs import PickFeatures, PickInputs, StepInputs
 from minimax_jax.parallel import ParallelConfig
 from minimax_kernels import Batch
