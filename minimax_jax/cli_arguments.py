@@ -9,7 +9,7 @@ from collections.abc import Callable
 EXIT_CODES = """\
 exit codes:
   0    done
-  1    inspect: the checkpoint has problems; bench rank-slice: a case failed
+  1    inspect: the checkpoint has problems; bench rank-slice: a case failed or was left out
   2    bad usage or bad input; one line on standard error says what
   3    with several processes: one of them was lost, and all have ended
   130  interrupted with Ctrl-C"""

@@ -1,6 +1,9 @@
 """`minimax-jax bench rank-slice`: what it counts, what it builds, and a run at small sizes through the command line."""
 
+import itertools
 import json
+import threading
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +12,12 @@ import pytest
 
 from minimax_jax.cli import main
 from minimax_jax.parallel import Layout, ParallelConfig
+from minimax_jax.rank_slice import measure
 from minimax_jax.rank_slice.attention_work import causal_keys
-from minimax_jax.rank_slice.cases import DECODE, PREFILL, TARGETS, Case, select_cases, slice_config
+from minimax_jax.rank_slice.cases import DECODE, PREFILL, TARGETS, Case, select_cases, slice_config, waves
 from minimax_jax.rank_slice.ceilings import Ceilings
 from minimax_jax.rank_slice.comm import SliceComm
+from minimax_jax.rank_slice.compiling import Compiler
 from minimax_jax.rank_slice.float_copies import float_copies
 from minimax_jax.rank_slice.kernel_classes import class_times, kernel_table
 from minimax_jax.rank_slice.report import table
@@ -74,6 +79,18 @@ def test_few_layers_are_those_around_the_first_sparse_one():
 def test_cases_with_a_target_come_first():
     cases = select_cases((1, 32, 64), (8192, 32768), 8192, (0, 57344))
     assert len(cases) == 8 and set(cases[:5]) == set(TARGETS)
+    groups = waves(cases)
+    assert [(group[0].kind, len(group)) for group in groups] == [(PREFILL, 2), (DECODE, 3), (DECODE, 3)]
+    assert {*groups[0], *groups[1]} == set(TARGETS)
+
+
+def test_what_does_not_compile_in_time_is_not_waited_for():
+    gate, compiler = threading.Event(), Compiler()
+    tasks = {"fast": lambda: 1, "slow": gate.wait}
+    assert [(key, done.result()) for key, done in compiler.run(tasks, 0.5)] == [("fast", 1)]
+    assert compiler.compiling == 1
+    gate.set()
+    assert [key for key, _ in compiler.run({"next": int}, 60.0)] == ["next"]
 
 
 def test_weights_are_bytes_on_the_device_that_keep_activations_of_their_size():
@@ -166,6 +183,16 @@ def test_a_run_at_small_sizes(tmp_path, capsys):
     assert report["setting"]["routing"] == "skewed" and report["routing"]["share_of_rank"] > 0
     assert "decode, batch 2, context 40" in table(report) and "rank_slice.json" in printed.out
     assert "compiled decode, batch 2, context 40" in printed.err and not report["failed"]
+
+
+def test_cases_left_out_for_want_of_time_are_a_failure(tmp_path, monkeypatch, capsys):
+    ticks = itertools.count()
+    monkeypatch.setattr(measure, "time", SimpleNamespace(monotonic=lambda: next(ticks), perf_counter=lambda: 0.0))
+    sizes = ["--layers", "1", "--batch", "2", "--context", "40", "--chunk", "32", "--prefix", "32"]
+    assert main(["bench", "rank-slice", "--tiny", *sizes, "--limit-s", "1", "--out", str(tmp_path)]) == 1
+    report = json.loads((tmp_path / "rank_slice.json").read_text())
+    assert report["left_out"] == ["prefill, 32 tokens after 32", "decode, batch 2, context 40"]
+    assert not report["cases"] and "left out for want of time" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ def table(report: dict[str, Any]) -> str:
             lines.append(f"  {case['temporaries'] / 1e6:.0f} MB beside weights and pages")
         if case.get("float_copies") is not None:
             lines.append(f"  {case['float_copies'] or 'no'} arrays of a quantised weight's size in floats are written")
+        if case["compiling_beside"]:
+            lines.append(f"  measured while {case['compiling_beside']} other steps compiled: the host was not quiet")
         if case["distinct_pages"] < 1:
             lines.append(
                 f"  requests share pages: {case['distinct_pages']:.0%} of them are distinct, for want of memory"
