@@ -135,10 +135,14 @@ def test_kernels_are_told_apart_by_name_and_module():
         "combine_rows": "experts", "index_score_few_rows": "score", "select_blocks": "select", "write_pages": "write",
         "sparse_attention_by_token": "attend", "merge_partials": "attend", "dense_attention": "attend",
         "choose_experts": "experts", "sort_pairs": "experts", "add_norm": "elementwise",
+        "several_matmuls": "matmul", "sum_splits": "matmul", "gemm_fusion_dot_12": "matmul", "norm_rope": "elementwise",
+        "grouped_matmul": "experts", "index_score_many_rows": "score", "sparse_attention_by_page": "attend",
+        "wrapped_add": "elementwise",
         "loop_add_fusion_3": "elementwise", "MemcpyD2D": "copies",
     }  # fmt: skip
     layers = [Launch(name, "s", 0.0, 2.0, "jit__layers") for name in names]
-    picks = [Launch("nvjet_hsh", "s", 0.0, 3.0, "jit__pick"), Launch("input_reduce_fusion", "s", 0.0, 1.0, "jit__pick")]
+    picks = [Launch("nvjet_hsh", "s", 0.0, 2.0, "jit__pick"), Launch("sum_splits", "s", 0.0, 1.0, "jit__pick")]
+    picks += [Launch("input_reduce_fusion", "s", 0.0, 1.0, "jit__pick")]
     for launch, kind in zip(layers, names.values(), strict=True):
         assert class_times([launch]) == {kind: 2.0}, launch.name
     assert class_times(picks) == {"head": 3.0, "sampling": 1.0}
