@@ -99,7 +99,10 @@ def run_rank_slice(args: argparse.Namespace) -> int:
         },
         "pool_bytes": pool_bytes,
         "compile_seconds": 0.0,
-        "routing": {"share_of_rank": sum(load), "share_of_its_busiest_expert": max(load, default=0.0)},
+        "routing": {
+            "share_of_rank": {layer: sum(shares) for layer, shares in load.items()},
+            "share_of_its_busiest_expert": {layer: max(shares) for layer, shares in load.items()},
+        },
         "cases": [],
         "failed": {},
         "left_out": [],
@@ -149,7 +152,12 @@ def run_rank_slice(args: argparse.Namespace) -> int:
 
 
 def _measure(
-    engine: SliceEngine, case: Case, layout: Layout, ceilings: Ceilings, args: argparse.Namespace, load: list[float]
+    engine: SliceEngine,
+    case: Case,
+    layout: Layout,
+    ceilings: Ceilings,
+    args: argparse.Namespace,
+    load: dict[int, list[float]],
 ) -> dict[str, Any]:
     """Times one case, then profiles some of its steps."""
     steps, layers, bad = _STEPS[case.kind], layout.config.num_hidden_layers, engine.bad_steps

@@ -110,9 +110,9 @@ class SliceEngine:
           seconds: how long to wait for them.
 
         Returns:
-          of each case that was done in time "temporaries", bytes that the step takes beside its arguments, and "float_copies", how many
-          arrays of a quantised weight's size in floats it writes, None without such weights; or "error", why it does
-          not compile.
+          of each case that was done in time "temporaries", bytes that the step takes beside its arguments, and
+          "float_copies", how many copies of quantised weights in floats it writes, None without such weights; or
+          "error", why it does not compile.
         """
         decode = [case for case in cases if case.kind == DECODE]
         shapes = {leaf.shape for leaf in self._leaves if isinstance(leaf, Mxfp8)}
