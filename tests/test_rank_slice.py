@@ -165,7 +165,17 @@ def test_kernels_are_told_apart_by_name_and_module():
 def test_copies_in_floats_are_found_where_they_are_written():
     w = Mxfp8(jnp.zeros((64, 96), jnp.float8_e4m3fn), jnp.zeros((2, 96), jnp.uint8))
     written = jax.jit(dequantize).lower(w).compile().as_text()
-    assert float_copies(written, [(64, 96)]) and not float_copies(written, [(96, 64)])
+    assert float_copies(written, [(64, 96)]) and not float_copies(written, [(96, 80)])
+    assert float_copies(written, [(96, 64)]) and not float_copies(written, [(96, 64)], [(64, 96)])  # floats anyway
+    other_forms = """
+ENTRY %m (a: f8e4m3fn[64,96]) -> bf16[96,64] {
+  %turned = bf16[96,64]{1,0} fusion(%a), kind=kLoop, calls=%x
+  %joined = bf16[64,224]{1,0} fusion(%a), kind=kLoop, calls=%y
+  %flat = bf16[6144]{0} convert(%a)
+  %experts = f32[2,48,64]{2,1,0} convert(%a)
+  %hidden = bf16[2,128]{1,0} convert(%a)
+}"""
+    assert float_copies(other_forms, [(64, 96), (64, 128), (4, 64, 48)]) == ["turned", "joined", "flat", "experts"]
     inside = """
 %fused_multiply (p0: f8e4m3fn[64,96]) -> bf16[4,96] {
   %w = bf16[64,96]{1,0} convert(%p0)

@@ -33,7 +33,7 @@ def table(report: dict[str, Any]) -> str:
         if case.get("temporaries") is not None:
             lines.append(f"  {case['temporaries'] / 1e6:.0f} MB beside weights and pages")
         if case.get("float_copies") is not None:
-            lines.append(f"  {case['float_copies'] or 'no'} arrays of a quantised weight's size in floats are written")
+            lines.append(f"  {case['float_copies'] or 'no'} copies of quantised weights in floats are written")
         if case["compiling_beside"]:
             lines.append(f"  measured while {case['compiling_beside']} other steps compiled: the host was not quiet")
         if case["distinct_pages"] < 1:

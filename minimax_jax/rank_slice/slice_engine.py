@@ -116,7 +116,8 @@ class SliceEngine:
         """
         decode = [case for case in cases if case.kind == DECODE]
         shapes = {leaf.shape for leaf in self._leaves if isinstance(leaf, Mxfp8)}
-        shapes -= {leaf.shape for leaf in self._leaves if not isinstance(leaf, Mxfp8)}  # which are floats anyway
+        plain = [leaf for leaf in self._leaves if not isinstance(leaf, Mxfp8)]
+        floats = {leaf.shape for leaf in (*plain, *jax.tree.leaves(self.pool.caches))}
         found: dict[Case, dict[str, Any]] = {}
         tasks = {case: functools.partial(self._compiled, case) for case in decode}
         for case, done in self._compiler.run(tasks, seconds):
@@ -129,7 +130,7 @@ class SliceEngine:
             memory = compiled.memory_analysis()
             found[case] = {
                 "temporaries": None if memory is None else int(memory.temp_size_in_bytes),
-                "float_copies": len(float_copies(compiled.as_text(), shapes)) if shapes else None,
+                "float_copies": len(float_copies(compiled.as_text(), shapes, floats)) if shapes else None,
             }
             say(f"compiled {case.name}")
         return found
