@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minimax_jax.cli import main
+from minimax_jax.cli import build_parser, main
 from minimax_jax.parallel import Layout, ParallelConfig
 from minimax_jax.rank_slice import measure
 from minimax_jax.rank_slice.attention_work import causal_keys
@@ -203,9 +203,13 @@ def test_a_run_at_small_sizes(tmp_path, capsys):
         assert case["step_ms"] > 0 and case["times_floor"] == pytest.approx(case["step_ms"] / case["floor_ms"])
         assert case["finite"] and case["target_ms"] is None and case["distinct_pages"] == 1
         assert case["layer_us"] == pytest.approx(case["step_ms"] * 1000)
+        assert "peak_bytes" not in case  # it is the run's, not a case's
         assert {"matmul", "experts", "score", "attend", "write", "head"} <= set(case["classes"])
     assert report["weights"]["bytes"] > 0 and report["ceilings"]["copy_bytes_per_s"] > 0 and not report["left_out"]
     assert report["pool_bytes"] == 18 * 16 * (2 * 32 + 32)  # pages of 16 tokens, a byte a number
+    own = ["tp", "ep", "rank", "layers", "batch", "context", "chunk", "prefix", "routing", "weights", "cache_dtype"]
+    own += ["limit_s", "seed", "tiny", "steps_per_launch", "device", "dtype", "collectives", "jax", "python", "date"]
+    assert set(report["setting"]) == set(own)  # nothing of `bench`
     assert report["setting"]["routing"] == "skewed" and report["routing"]["share_of_rank"]["0"] > 0
     assert "decode, batch 2, context 40" in table(report) and "rank_slice.json" in printed.out
     assert "compiled decode, batch 2, context 40" in printed.err and not report["failed"]
@@ -219,6 +223,15 @@ def test_cases_left_out_for_want_of_time_are_a_failure(tmp_path, monkeypatch, ca
     report = json.loads((tmp_path / "rank_slice.json").read_text())
     assert report["left_out"] == ["prefill, 32 tokens after 32", "decode, batch 2, context 40"]
     assert not report["cases"] and "left out for want of time" in capsys.readouterr().out
+
+
+def test_options_of_bench_are_refused_where_they_would_be_lost(capsys):
+    for before in (["--tp", "8"], ["--cache-dtype", "fp8", "--out", "rank-slice"]):
+        assert main(["bench", *before, "rank-slice", "--tiny"]) == 2
+        assert f"{' '.join(before)}: rank-slice has options of its own" in capsys.readouterr().err
+    parsed = build_parser().parse_args(["bench", "rank-slice", "--tp", "4"])
+    assert parsed.tp == 4 and parsed.command == "bench" and not hasattr(parsed, "model")
+    assert build_parser().parse_args(["bench", "--out", "rank-slice"]).benchmark is None
 
 
 @pytest.mark.parametrize(

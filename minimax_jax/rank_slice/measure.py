@@ -218,9 +218,11 @@ def _comparable(layout: Layout, args: argparse.Namespace) -> bool:
 
 
 def _setting(args: argparse.Namespace, device: jax.Device, dtype: Any) -> dict[str, Any]:
-    own = {name: value for name, value in vars(args).items() if name not in ("run", "command", "benchmark", "out")}
+    general = ("run", "command", "benchmark", "out", "version")
+    own = {name: value for name, value in vars(args).items() if name not in general}
     return {
         **own,
+        "steps_per_launch": 1,
         "device": device.device_kind,
         "dtype": dtype.name,
         "collectives": "local copies of the same size",
