@@ -20,6 +20,7 @@ from minimax_jax.checkpoint.files import INDEX_NAME, SINGLE_NAME
 from minimax_jax.checkpoint.load import LoadPlan, plan_load
 from minimax_jax.checkpoint.mxfp8 import mxfp8_scale_shape, quantize_mxfp8
 from minimax_jax.checkpoint.names import STYLES, Piece, state_tensors
+from minimax_jax.checkpoint.read import read_state_tensor
 from minimax_jax.checkpoint.save import assign_shards, write_config, write_index, write_shard
 from minimax_jax.checkpoint.verify import MXFP8_VALUES
 from minimax_jax.config import MiniMaxM3Config
@@ -39,7 +40,7 @@ class Quantized:
 
     Attributes:
       directory: where.
-      tensors: that were quantised; bytes_before, bytes_after: of all weights.
+      tensors: that were quantised; bytes_before, bytes_after: of all weights, as stored.
     """
 
     directory: Path
@@ -62,7 +63,7 @@ def quantize_checkpoint(
 ) -> Quantized:
     """Writes what `directory` holds as an MXFP8 checkpoint with the vendor's names, config and index.
 
-    Linears and routed experts become e4m3 values with a scale per 32 inputs, rounded to nearest (`quantize_mxfp8`);
+    Linears and routed experts become e4m3 values with a scale per 32 inputs, rounded once (`quantize_mxfp8`);
     all else stays: embeddings, head and norms in bfloat16, routers in float32, vision tensors as they are. Tokenizer
     files come along. The same input gives the same bytes. `out` appears in one rename when it is whole; the host holds
     one shard.
@@ -112,17 +113,21 @@ def _text_jobs(plan: LoadPlan, config: MiniMaxM3Config) -> Iterator[_Job]:
     _require_floats(plan)
     for tensor in state_tensors(config, STYLES["vendor"]).values():
         dtype = plan.dtype_of(tensor.name)
+        stored = sum(plan.files.num_bytes(piece.name) for piece in plan.tensors[tensor.name].pieces)
         for piece in tensor.pieces:
             size = math.prod(piece.shape)
             sizes = {piece.name: size * dtype.itemsize}
             if piece.quantisable:
                 sizes = {piece.name: size, piece.scales.name: size // MXFP8_BLOCK}
-            yield _Job(sizes, size * dtype.itemsize, _maker(plan, tensor.name, piece))
+            yield _Job(sizes, stored * size // math.prod(tensor.shape), _maker(plan, tensor.name, piece))
 
 
 def _maker(plan: LoadPlan, name: str, piece: Piece) -> Callable[[], dict[str, np.ndarray]]:
     def make() -> dict[str, np.ndarray]:
-        part = plan.read(name, piece.region).reshape([high - low for low, high in piece.region][-len(piece.shape) :])
+        # float32 holds every float of a file, so that a quantised number is rounded once
+        dtype = np.dtype(np.float32) if piece.quantisable else plan.dtype_of(name)
+        part = read_state_tensor(plan.files, plan.tensors[name], dtype, piece.region)
+        part = part.reshape([high - low for low, high in piece.region][-len(piece.shape) :])
         stored = part.swapaxes(-1, -2) if piece.transposed else part
         if not piece.quantisable:
             return {piece.name: np.ascontiguousarray(stored)}

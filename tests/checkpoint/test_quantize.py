@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from checkpoint_samples import BF16, E4M3, random_state, small_config, vendor_tensors, write_checkpoint
 
-from minimax_jax.checkpoint import CheckpointError, CheckpointFiles, check_checkpoint, dequantize_mxfp8, save_state
+from minimax_jax.checkpoint import (
+    CheckpointError,
+    CheckpointFiles,
+    check_checkpoint,
+    dequantize_mxfp8,
+    quantize_mxfp8,
+    save_state,
+)
 from minimax_jax.checkpoint import quantize as quantize_module
 from minimax_jax.checkpoint.quantize import quantize_checkpoint
 from minimax_jax.cli import main
@@ -58,6 +65,21 @@ def test_the_vendors_layout_from_either_style(sources, tmp_path):
         # half of e4m3's step near the block's largest value, more where that is cut off at 448 = 1.75 * 2^8
         most = np.where(np.abs(blocks) > 1.75 * power, power / 4, power / 16)
         assert (np.abs(after.reshape(-1, 32) - blocks) <= most).all()
+
+
+def test_float32_is_rounded_once(tmp_path):
+    config = small_config()
+    state = {
+        name: np.asarray(x).astype(np.float32) * np.float32(1 + 2**-9 + 2**-12)
+        for name, x in random_state(config).items()
+    }
+    save_state(state, config, tmp_path / "in", style="vendor")
+    done = quantize_checkpoint(tmp_path / "in", tmp_path / "out")
+    before, after = stored(tmp_path / "in"), stored(tmp_path / "out")
+    assert done.bytes_before == sum(tensor.nbytes for tensor in before.values())
+    for name in (name for name, tensor in after.items() if tensor.dtype == E4M3):
+        values, scales = quantize_mxfp8(before[name])
+        assert after[name].tobytes() == values.tobytes() and after[name + "_scale_inv"].tobytes() == scales.tobytes()
 
 
 def test_shards_and_everything_else_again_in_the_same_bytes(tmp_path):
