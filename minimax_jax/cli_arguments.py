@@ -14,7 +14,7 @@ exit codes:
   1    inspect: the checkpoint has problems; bench rank-slice: a case failed or was left out
   2    bad usage or bad input; one line on standard error says what
   3    with several processes: one of them was lost, and all have ended
-  130  interrupted with Ctrl-C"""
+  130  interrupted with Ctrl-C; quantize: by SIGTERM or SIGHUP as well"""
 
 
 class Paragraphs(argparse.RawDescriptionHelpFormatter):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import glob
 import math
 import os
 import shutil
@@ -10,6 +12,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import ml_dtypes
@@ -65,8 +68,8 @@ def quantize_checkpoint(
 
     Linears and routed experts become e4m3 values with a scale per 32 inputs, rounded once (`quantize_mxfp8`);
     all else stays: embeddings, head and norms in bfloat16, routers in float32, vision tensors as they are. Tokenizer
-    files come along. The same input gives the same bytes. `out` appears in one rename when it is whole; the host holds
-    one shard.
+    files come along. The same input gives the same bytes. `out` appears in one rename when it is whole, and what a
+    killed run to the same `out` has left behind is removed; the host holds one shard.
 
     Args:
       directory: a checkpoint in floats, of the vendor's or transformers' names; "tiny" is the embedded one.
@@ -92,20 +95,49 @@ def quantize_checkpoint(
         jobs = [*_text_jobs(plan, config), *_other_jobs(plan)]
         target.parent.mkdir(parents=True, exist_ok=True)
         total = sum(sum(job.sizes.values()) for job in jobs)
+        _remove_stale(target)
         _require_room(target.parent, total)
-        stage = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
-        stage.mkdir()
-        try:
+        with _staged(target) as stage:
             moe = [i for i in range(config.num_hidden_layers) if config.is_moe(i)]
             whole = config.replace(quantization=mxfp8_quantization(moe))
             write_config(whole, "vendor", "bfloat16", stage / "config.json")
             _write(jobs, stage, max_shard_bytes, progress=progress)
             _copy_others(source, stage)
             os.rename(stage, target)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
     tensors = sum(len(job.sizes) == 2 for job in jobs)
     return Quantized(target, tensors, sum(job.read_bytes for job in jobs), total)
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to write to, locked for as long as this process lives and gone afterwards."""
+    stage = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
+    stage.mkdir()
+    try:
+        with ExitStack() as held:
+            with suppress(OSError):  # a file system without locks: there nobody removes what seems to be stale either
+                held.enter_context(_lock(stage))
+            yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _remove_stale(target: Path) -> None:
+    """Removes the folders of runs to `target` that were killed: nobody holds their locks."""
+    for stage in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
+        with suppress(OSError), _lock(stage):
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def _lock(directory: Path) -> Iterator[None]:
+    """Raises OSError if another process has it."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _text_jobs(plan: LoadPlan, config: MiniMaxM3Config) -> Iterator[_Job]:

@@ -1,7 +1,9 @@
 """`minimax-jax quantize`: the vendor's MXFP8 layout from floats, the same bytes each time, whole or not at all."""
 
 import json
+import os
 import shutil
+import signal
 from collections import namedtuple
 from pathlib import Path
 
@@ -116,6 +118,24 @@ def test_an_interrupted_run_leaves_nothing(sources, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(sources["vendor"], tmp_path / "out", max_shard_bytes=1e4)
     assert len(calls) == 2 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_that_end_a_process_leave_nothing(sources, tmp_path, monkeypatch, capsys, number):
+    handler = signal.getsignal(number)
+    monkeypatch.setattr(quantize_module, "write_shard", lambda arrays, path: os.kill(os.getpid(), number))
+    assert main(["quantize", str(sources["vendor"]), str(tmp_path / "out")]) == 130
+    assert "interrupted" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert signal.getsignal(number) is handler
+
+
+def test_what_a_killed_run_left_is_removed_but_not_a_running_ones(sources, tmp_path):
+    for name in (".out.partial-dead", ".out.partial-live", ".other.partial-dead"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"part")
+    with quantize_module._lock(tmp_path / ".out.partial-live"):
+        quantize_checkpoint(sources["vendor"], tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.partial-dead", ".out.partial-live", "out"]
 
 
 def test_what_cannot_be_done_is_said_before_anything_is_written(sources, tmp_path, monkeypatch, capsys):
