@@ -22,7 +22,7 @@ from minimax_jax.checkpoint.errors import CheckpointError
 from minimax_jax.checkpoint.files import INDEX_NAME, SINGLE_NAME
 from minimax_jax.checkpoint.load import LoadPlan, plan_load
 from minimax_jax.checkpoint.mxfp8 import mxfp8_scale_shape, quantize_mxfp8
-from minimax_jax.checkpoint.names import STYLES, Piece, state_tensors
+from minimax_jax.checkpoint.names import STYLES, Piece, is_draft, state_tensors
 from minimax_jax.checkpoint.read import read_state_tensor
 from minimax_jax.checkpoint.save import assign_shards, write_config, write_index, write_shard
 from minimax_jax.checkpoint.verify import MXFP8_VALUES
@@ -34,7 +34,8 @@ from minimax_jax.tensor_table import MXFP8_BLOCK
 _STRIP_ELEMENTS = 1 << 22  # quantised at a time: temporaries take twelve times their bytes in the file
 _MAX_THREADS = 8
 _PROGRESS_DELAY = 2.0  # seconds; what is over sooner shows nothing
-_OTHER_FILES = (".json", ".jinja", ".txt", ".model", ".py")  # of a checkpoint's folder, taken along
+_OTHER_FILES = (".json", ".jinja", ".txt", ".model", ".py", ".md")  # of a checkpoint's folder, taken along
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE")  # such files have no suffix, or any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +67,11 @@ def quantize_checkpoint(
 ) -> Quantized:
     """Writes what `directory` holds as an MXFP8 checkpoint with the vendor's names, config and index.
 
-    Linears and routed experts become e4m3 values with a scale per 32 inputs, rounded once (`quantize_mxfp8`);
-    all else stays: embeddings, head and norms in bfloat16, routers in float32, vision tensors as they are. Tokenizer
-    files come along. The same input gives the same bytes. `out` appears in one rename when it is whole, and what a
-    killed run to the same `out` has left behind is removed; the host holds one shard.
+    Linears and routed experts become e4m3 values with a scale per 32 inputs, rounded once (`quantize_mxfp8`); all else
+    stays: embeddings, head and norms in bfloat16, routers in float32, vision and MTP tensors as they are, MTP named in
+    `ignored_layers`. Tokenizer, licence and README come along. The same input gives the same bytes. `out` appears in
+    one rename when it is whole, and what a killed run to the same `out` has left behind is removed; the host holds one
+    shard.
 
     Args:
       directory: a checkpoint in floats, of the vendor's or transformers' names; "tiny" is the embedded one.
@@ -99,7 +101,8 @@ def quantize_checkpoint(
         _require_room(target.parent, total)
         with _staged(target) as stage:
             moe = [i for i in range(config.num_hidden_layers) if config.is_moe(i)]
-            whole = config.replace(quantization=mxfp8_quantization(moe))
+            drafts = ["mtp"] if any(map(is_draft, plan.files.names())) else []
+            whole = config.replace(quantization=mxfp8_quantization(moe, drafts))
             write_config(whole, "vendor", "bfloat16", stage / "config.json")
             _write(jobs, stage, max_shard_bytes, progress=progress)
             _copy_others(source, stage)
@@ -247,8 +250,9 @@ def _write(jobs: Sequence[_Job], stage: Path, max_shard_bytes: float, *, progres
 
 
 def _copy_others(source: Path, stage: Path) -> None:
-    """Tokenizer, template and the like; weights and what was written anew stay behind."""
+    """Tokenizer, template, licence and the like; weights and what was written anew stay behind."""
     for path in sorted(source.iterdir()):
-        known = path.suffix in _OTHER_FILES and path.name not in ("config.json", INDEX_NAME)
+        known = path.suffix in _OTHER_FILES or path.name.upper().startswith(_LICENCES)
+        known = known and path.name not in ("config.json", INDEX_NAME)
         if known and path.is_file():
             shutil.copyfile(path, stage / path.name)

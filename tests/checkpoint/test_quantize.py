@@ -88,9 +88,12 @@ def test_shards_and_everything_else_again_in_the_same_bytes(tmp_path):
     config = small_config(vision=MiniMaxM3Config.m3().vision)
     tensors = vendor_tensors(small_config())
     vision = {"vision_tower.vision_model.pre_layrnorm.weight": np.arange(5, dtype=np.float32).astype(BF16)}
-    write_checkpoint(tmp_path / "in", tensors | vision)
+    drafts = {"model.mtp.layers.0.eh_proj.weight": np.ones((32, 64), BF16)}
+    write_checkpoint(tmp_path / "in", tensors | vision | drafts)
     (tmp_path / "in" / "config.json").write_text(json.dumps(config.to_dict("vendor")))
     (tmp_path / "in" / "tokenizer.json").write_text("{}")
+    for name in ("LICENSE", "README.md"):
+        (tmp_path / "in" / name).write_text(name)
     (tmp_path / "out").mkdir()
     for out in ("out", "again"):
         quantize_checkpoint(tmp_path / "in", tmp_path / out, max_shard_bytes=1e5)
@@ -100,7 +103,10 @@ def test_shards_and_everything_else_again_in_the_same_bytes(tmp_path):
     assert set(index["weight_map"]) == set(found) and len(set(index["weight_map"].values())) > 1
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
     assert found[next(iter(vision))].tobytes() == vision[next(iter(vision))].tobytes()
+    assert found[next(iter(drafts))].dtype == BF16
+    assert MiniMaxM3Config.from_pretrained(tmp_path / "out").quantization["ignored_layers"][-1] == "mtp"
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert all((tmp_path / "out" / name).read_text() == name for name in ("LICENSE", "README.md"))
     assert MiniMaxM3Config.from_pretrained(tmp_path / "out").vision == config.vision
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "in", "out"]
 
