@@ -66,8 +66,10 @@ def select_cases(
 
 
 def waves(cases: Sequence[Case]) -> list[list[Case]]:
-    """The cases in groups that are compiled together, then measured: of each half, with a target and without, chunks
-    first, since their segments compile fast."""
+    """The cases in groups that are compiled together and then measured, those with a target before the others.
+
+    In each half chunks are first, since their segments compile fast.
+    """
     groups: dict[tuple[bool, bool], list[Case]] = {}
     for case in cases:
         groups.setdefault((case not in TARGETS, case.kind == DECODE), []).append(case)
