@@ -13,7 +13,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-from minimax_jax.cli_arguments import EXIT_CODES, Paragraphs, add_cache_dtype, add_quantization, integer, number
+from minimax_jax.cli_arguments import (
+    EXIT_CODES,
+    Paragraphs,
+    ParserWithArguments,
+    add_cache_dtype,
+    add_quantization,
+    integer,
+    number,
+)
 from minimax_jax.cli_bench import add_bench
 from minimax_jax.cli_errors import outcome
 from minimax_jax.cli_parallel import add_parallel
@@ -65,7 +73,7 @@ def _run(argv: Sequence[str] | None) -> int:
     return code
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(ParserWithArguments):
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see `{self.prog} --help`)")
 

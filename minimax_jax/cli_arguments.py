@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 EXIT_CODES = """\
 exit codes:
   0    done
-  1    inspect: the checkpoint has problems; bench rank-slice: a case failed
+  1    inspect: the checkpoint has problems; bench rank-slice: a case failed or was left out
   2    bad usage or bad input; one line on standard error says what
   3    with several processes: one of them was lost, and all have ended
-  130  interrupted with Ctrl-C"""
+  130  interrupted with Ctrl-C; quantize: by SIGTERM or SIGHUP as well"""
 
 
 class Paragraphs(argparse.RawDescriptionHelpFormatter):
@@ -23,6 +25,34 @@ class Paragraphs(argparse.RawDescriptionHelpFormatter):
             return super()._fill_text(text, width, indent)
         fill = super(argparse.RawDescriptionHelpFormatter, self)._fill_text
         return "\n\n".join(fill(paragraph, width, indent) for paragraph in text.split("\n\n"))
+
+
+class ParserWithArguments(argparse.ArgumentParser):
+    """A parser that remembers what it was given, for `OwnOptions`."""
+
+    arguments: tuple[str, ...] = ()
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse's."""
+        self.arguments = tuple(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+
+class OwnOptions(argparse._SubParsersAction):
+    """Subcommands that take none of the options of the command above them, a `ParserWithArguments`.
+
+    Options in front of their name, which argparse would drop, are an error, and that command's defaults are not in
+    what is parsed.
+    """
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """As argparse's."""
+        before = parser.arguments[: len(parser.arguments) - len(values)]
+        if before:
+            parser.error(f"{' '.join(before)}: {values[0]} has options of its own: they must come after its name")
+        for name in list(vars(namespace)):
+            delattr(namespace, name)
+        super().__call__(parser, namespace, values, option_string)
 
 
 def add_cache_dtype(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from minimax_jax.cli_arguments import EXIT_CODES, Paragraphs, add_cache_dtype, add_quantization, integer, integers
+from minimax_jax.cli_arguments import (
+    EXIT_CODES,
+    OwnOptions,
+    Paragraphs,
+    add_cache_dtype,
+    add_quantization,
+    integer,
+    integers,
+)
 from minimax_jax.cli_parallel import add_parallel
 from minimax_jax.cli_rank_slice import add_rank_slice
 
@@ -54,7 +62,9 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     add("--out", type=Path, default=Path("bench"), metavar="DIR", help="folder for the results (default: bench)")
     add_parallel(parser)
     parser.set_defaults(run=_bench)
-    benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", title="other benchmarks")
+    benchmarks = parser.add_subparsers(
+        action=OwnOptions, dest="benchmark", metavar="BENCHMARK", title="other benchmarks"
+    )
     add_rank_slice(benchmarks)
 
 

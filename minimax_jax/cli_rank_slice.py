@@ -53,7 +53,7 @@ def add_rank_slice(benchmarks: argparse._SubParsersAction) -> None:
     )
     add("--weights", choices=("mxfp8", "bf16"), default="mxfp8", help="of linears and experts (default: mxfp8)")
     add_cache_dtype(parser)
-    add("--limit-s", type=integer(1), default=330, metavar="N", help="start no case after so long (default: 330)")
+    add("--limit-s", type=integer(1), default=330, metavar="N", help="start no case after N seconds (default: 330)")
     add("--seed", type=integer(0, 2**31 - 1), default=0, metavar="N", help="of weights and pages (default: 0)")
     add("--out", type=Path, default=Path("rank-slice"), metavar="DIR", help="for the results (default: rank-slice)")
     add("--tiny", action="store_true", help="a small model and small sizes, to try it on a CPU (default: off)")

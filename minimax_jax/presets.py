@@ -47,8 +47,13 @@ def m3_mxfp8_config_json() -> dict[str, Any]:
     return config
 
 
-def mxfp8_quantization(moe_layers: Iterable[int]) -> dict[str, Any]:
-    """The `quantization_config` of an MXFP8 checkpoint whose layers `moe_layers` have routers."""
+def mxfp8_quantization(moe_layers: Iterable[int], also: Iterable[str] = ()) -> dict[str, Any]:
+    """The `quantization_config` of an MXFP8 checkpoint.
+
+    Args:
+      moe_layers: which layers have routers.
+      also: further modules whose matrices are in floats, by the vendor's names.
+    """
     routers = [f"language_model.model.layers.{i}.block_sparse_moe.gate" for i in moe_layers]
     return {
         "quant_method": "mxfp8",
@@ -61,6 +66,7 @@ def mxfp8_quantization(moe_layers: Iterable[int]) -> dict[str, Any]:
             "multi_modal_projector",
             "patch_merge_mlp",
             *routers,
+            *also,
         ],
     }
 

@@ -1,18 +1,23 @@
 """`minimax-jax bench rank-slice`: what it counts, what it builds, and a run at small sizes through the command line."""
 
+import itertools
 import json
+import threading
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minimax_jax.cli import main
+from minimax_jax.cli import build_parser, main
 from minimax_jax.parallel import Layout, ParallelConfig
+from minimax_jax.rank_slice import measure
 from minimax_jax.rank_slice.attention_work import causal_keys
-from minimax_jax.rank_slice.cases import DECODE, PREFILL, TARGETS, Case, select_cases, slice_config
+from minimax_jax.rank_slice.cases import DECODE, PREFILL, TARGETS, Case, select_cases, slice_config, waves
 from minimax_jax.rank_slice.ceilings import Ceilings
 from minimax_jax.rank_slice.comm import SliceComm
+from minimax_jax.rank_slice.compiling import Compiler
 from minimax_jax.rank_slice.float_copies import float_copies
 from minimax_jax.rank_slice.kernel_classes import class_times, kernel_table
 from minimax_jax.rank_slice.report import table
@@ -43,7 +48,7 @@ def test_a_ranks_slice_of_m3_fits_one_h100():
     assert 53e9 < held + 56 * num_bytes([x for name, x in structs.items() if "layers.3." in name]) < 56e9
     # a batch that meets all experts reads every weight but the embedding
     work = whole(step_work(four, Case(DECODE, 4096, 1, 0), weights="mxfp8"))
-    caches = 4096 * 2 * (4 * 2 * 128 * 2 + 128 * 2) + 4096 * 4  # read and written once, and scores
+    caches = 4096 * 2 * (4 * 2 * 128 * 2 + 128 * 2)  # read and written once
     rest = num_bytes([x for x in structs.values() if len(x.shape) == 1]) + num_bytes(structs["embed_tokens"])
     assert work.bytes == pytest.approx(held - rest + caches, rel=1e-6)
 
@@ -56,13 +61,20 @@ def test_floors_of_the_cases_that_have_targets():
     rows = 8192 * 4 / 8  # of the choices, those of this rank's experts
     assert chunk["experts"].flops == pytest.approx(57 * 2 * rows * 3 * 6144 * 3072)
     assert chunk["attend"].flops > 3 * 4 * 8 * 128 * causal_keys(8192, 0)
-    skewed = step_work(M3, Case(PREFILL, 1, 8192, 0), weights="mxfp8", experts_load=[1 / 64] * 16)
+    skewed = step_work(
+        M3, Case(PREFILL, 1, 8192, 0), weights="mxfp8", experts_load=dict.fromkeys(range(3, 60), [1 / 64] * 16)
+    )
     assert skewed["experts"].flops == pytest.approx(2 * chunk["experts"].flops)
     few = [
-        step_work(M3, Case(DECODE, 32, 1, 0), weights="mxfp8", experts_load=load) for load in ([1 / 128] * 16, [0.125])
+        step_work(M3, Case(DECODE, 32, 1, 0), weights="mxfp8", experts_load=dict.fromkeys(range(3, 60), load))
+        for load in ([1 / 128] * 16, [0.125])
     ]
     assert few[0]["experts"].bytes == pytest.approx(16 * (1 - (31 / 32) ** 32) * few[1]["experts"].bytes, rel=1e-3)
     assert few[0]["experts"].flops == pytest.approx(few[1]["experts"].flops)  # as many rows, of one hot expert
+    loads = {layer: [1 / 32 if layer == 3 else 1 / 128] * 16 for layer in range(3, 60)}  # each layer has its own
+    mixed = step_work(M3, Case(DECODE, 32, 1, 0), weights="mxfp8", experts_load=loads)
+    assert mixed["experts"].flops == pytest.approx(few[0]["experts"].flops * (56 + 4) / 57)
+    assert "select" not in chunk  # scores stay on the chip
     assert causal_keys(3, 2) == 3 + 4 + 5
 
 
@@ -74,6 +86,18 @@ def test_few_layers_are_those_around_the_first_sparse_one():
 def test_cases_with_a_target_come_first():
     cases = select_cases((1, 32, 64), (8192, 32768), 8192, (0, 57344))
     assert len(cases) == 8 and set(cases[:5]) == set(TARGETS)
+    groups = waves(cases)
+    assert [(group[0].kind, len(group)) for group in groups] == [(PREFILL, 2), (DECODE, 3), (DECODE, 3)]
+    assert {*groups[0], *groups[1]} == set(TARGETS)
+
+
+def test_what_does_not_compile_in_time_is_not_waited_for():
+    gate, compiler = threading.Event(), Compiler()
+    tasks = {"fast": lambda: 1, "slow": gate.wait}
+    assert [(key, done.result()) for key, done in compiler.run(tasks, 0.5)] == [("fast", 1)]
+    assert compiler.compiling == 1
+    gate.set()
+    assert [key for key, _ in compiler.run({"next": int}, 60.0)] == ["next"]
 
 
 def test_weights_are_bytes_on_the_device_that_keep_activations_of_their_size():
@@ -87,10 +111,15 @@ def test_weights_are_bytes_on_the_device_that_keep_activations_of_their_size():
             assert np.isfinite(matrix).all(), name
             inputs = {"o_proj": 512, "down_proj": 64 if ".experts." in name else 256}.get(name.split(".")[-1], 128)
             assert 0.5 < matrix.std() * inputs**0.5 < 2.5, name
-    skewed = routing_load(TINY.config, state, range(16))
+    (skewed,) = routing_load(TINY.config, state, range(16)).values()
     assert sum(skewed) == pytest.approx(1) and max(skewed) > 2 / 16 and min(skewed) < 0.5 / 16
     state["layers.0.mlp.gate.e_score_correction_bias"] *= 0
-    assert sum(routing_load(TINY.config, state, range(2, 4))) == pytest.approx(1 / 8, rel=0.3)
+    assert sum(routing_load(TINY.config, state, range(2, 4))[0]) == pytest.approx(1 / 8, rel=0.3)
+    two = slice_config(2, tiny=True).replace(mlp_layer_types=("sparse", "sparse"))
+    hot = {f"layers.1.mlp.gate.{part}": state[f"layers.0.mlp.gate.{part}"] for part in ("weight",)}
+    hot["layers.1.mlp.gate.e_score_correction_bias"] = jnp.zeros(16).at[3].set(2.0)
+    loads = routing_load(two, state | hot, range(2, 4))
+    assert loads[0] == routing_load(TINY.config, state, range(2, 4))[0] and loads[1][1] == 1 / 4  # always, of four
     plain = weight_structs(TINY, "bf16", jnp.bfloat16)
     assert not any(isinstance(leaf, Mxfp8) for leaf in plain.values())
 
@@ -118,10 +147,14 @@ def test_kernels_are_told_apart_by_name_and_module():
         "combine_rows": "experts", "index_score_few_rows": "score", "select_blocks": "select", "write_pages": "write",
         "sparse_attention_by_token": "attend", "merge_partials": "attend", "dense_attention": "attend",
         "choose_experts": "experts", "sort_pairs": "experts", "add_norm": "elementwise",
+        "several_matmuls": "matmul", "sum_splits": "matmul", "gemm_fusion_dot_12": "matmul", "norm_rope": "elementwise",
+        "grouped_matmul": "experts", "index_score_many_rows": "score", "sparse_attention_by_page": "attend",
+        "wrapped_add": "elementwise",
         "loop_add_fusion_3": "elementwise", "MemcpyD2D": "copies",
     }  # fmt: skip
     layers = [Launch(name, "s", 0.0, 2.0, "jit__layers") for name in names]
-    picks = [Launch("nvjet_hsh", "s", 0.0, 3.0, "jit__pick"), Launch("input_reduce_fusion", "s", 0.0, 1.0, "jit__pick")]
+    picks = [Launch("nvjet_hsh", "s", 0.0, 2.0, "jit__pick"), Launch("sum_splits", "s", 0.0, 1.0, "jit__pick")]
+    picks += [Launch("input_reduce_fusion", "s", 0.0, 1.0, "jit__pick")]
     for launch, kind in zip(layers, names.values(), strict=True):
         assert class_times([launch]) == {kind: 2.0}, launch.name
     assert class_times(picks) == {"head": 3.0, "sampling": 1.0}
@@ -132,7 +165,17 @@ def test_kernels_are_told_apart_by_name_and_module():
 def test_copies_in_floats_are_found_where_they_are_written():
     w = Mxfp8(jnp.zeros((64, 96), jnp.float8_e4m3fn), jnp.zeros((2, 96), jnp.uint8))
     written = jax.jit(dequantize).lower(w).compile().as_text()
-    assert float_copies(written, [(64, 96)]) and not float_copies(written, [(96, 64)])
+    assert float_copies(written, [(64, 96)]) and not float_copies(written, [(96, 80)])
+    assert float_copies(written, [(96, 64)]) and not float_copies(written, [(96, 64)], [(64, 96)])  # floats anyway
+    other_forms = """
+ENTRY %m (a: f8e4m3fn[64,96]) -> bf16[96,64] {
+  %turned = bf16[96,64]{1,0} fusion(%a), kind=kLoop, calls=%x
+  %joined = bf16[64,224]{1,0} fusion(%a), kind=kLoop, calls=%y
+  %flat = bf16[6144]{0} convert(%a)
+  %experts = f32[2,48,64]{2,1,0} convert(%a)
+  %hidden = bf16[2,128]{1,0} convert(%a)
+}"""
+    assert float_copies(other_forms, [(64, 96), (64, 128), (4, 64, 48)]) == ["turned", "joined", "flat", "experts"]
     inside = """
 %fused_multiply (p0: f8e4m3fn[64,96]) -> bf16[4,96] {
   %w = bf16[64,96]{1,0} convert(%p0)
@@ -160,12 +203,35 @@ def test_a_run_at_small_sizes(tmp_path, capsys):
         assert case["step_ms"] > 0 and case["times_floor"] == pytest.approx(case["step_ms"] / case["floor_ms"])
         assert case["finite"] and case["target_ms"] is None and case["distinct_pages"] == 1
         assert case["layer_us"] == pytest.approx(case["step_ms"] * 1000)
+        assert "peak_bytes" not in case  # it is the run's, not a case's
         assert {"matmul", "experts", "score", "attend", "write", "head"} <= set(case["classes"])
     assert report["weights"]["bytes"] > 0 and report["ceilings"]["copy_bytes_per_s"] > 0 and not report["left_out"]
     assert report["pool_bytes"] == 18 * 16 * (2 * 32 + 32)  # pages of 16 tokens, a byte a number
-    assert report["setting"]["routing"] == "skewed" and report["routing"]["share_of_rank"] > 0
+    own = ["tp", "ep", "rank", "layers", "batch", "context", "chunk", "prefix", "routing", "weights", "cache_dtype"]
+    own += ["limit_s", "seed", "tiny", "steps_per_launch", "device", "dtype", "collectives", "jax", "python", "date"]
+    assert set(report["setting"]) == set(own)  # nothing of `bench`
+    assert report["setting"]["routing"] == "skewed" and report["routing"]["share_of_rank"]["0"] > 0
     assert "decode, batch 2, context 40" in table(report) and "rank_slice.json" in printed.out
     assert "compiled decode, batch 2, context 40" in printed.err and not report["failed"]
+
+
+def test_cases_left_out_for_want_of_time_are_a_failure(tmp_path, monkeypatch, capsys):
+    ticks = itertools.count()
+    monkeypatch.setattr(measure, "time", SimpleNamespace(monotonic=lambda: next(ticks), perf_counter=lambda: 0.0))
+    sizes = ["--layers", "1", "--batch", "2", "--context", "40", "--chunk", "32", "--prefix", "32"]
+    assert main(["bench", "rank-slice", "--tiny", *sizes, "--limit-s", "1", "--out", str(tmp_path)]) == 1
+    report = json.loads((tmp_path / "rank_slice.json").read_text())
+    assert report["left_out"] == ["prefill, 32 tokens after 32", "decode, batch 2, context 40"]
+    assert not report["cases"] and "left out for want of time" in capsys.readouterr().out
+
+
+def test_options_of_bench_are_refused_where_they_would_be_lost(capsys):
+    for before in (["--tp", "8"], ["--cache-dtype", "fp8", "--out", "rank-slice"]):
+        assert main(["bench", *before, "rank-slice", "--tiny"]) == 2
+        assert f"{' '.join(before)}: rank-slice has options of its own" in capsys.readouterr().err
+    parsed = build_parser().parse_args(["bench", "rank-slice", "--tp", "4"])
+    assert parsed.tp == 4 and parsed.command == "bench" and not hasattr(parsed, "model")
+    assert build_parser().parse_args(["bench", "--out", "rank-slice"]).benchmark is None
 
 
 @pytest.mark.parametrize(

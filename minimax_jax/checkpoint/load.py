@@ -212,8 +212,13 @@ def _on_device(plan: LoadPlan, name: str, device: Any, ranks: Ranks | None, thre
     tensor = plan.tensors[name]
     if name not in plan.kept:
         return placed(plan.read, tensor.shape)
-    weight = Mxfp8(placed(plan.read_values, tensor.shape), placed(plan.read_scales, tensor.scales.shape))
-    return Mxfp8(weight.values, marked_scales(weight))
+    values = placed(plan.read_values, tensor.shape)
+    try:
+        weight = Mxfp8(values, placed(plan.read_scales, tensor.scales.shape))
+        return Mxfp8(values, marked_scales(weight))
+    except BaseException:
+        values.delete()  # as in `load_state`, whose `state` this is not part of yet
+        raise
 
 
 def _state_dtype(dtype: Any) -> np.dtype:

@@ -36,7 +36,7 @@ class Style:
 
     def ignores(self, tensor: str) -> bool:
         """Whether a file tensor is known but is no part of the text model (vision, projector, drafts)."""
-        return tensor.startswith(self.ignored) or _MTP.search(tensor) is not None
+        return tensor.startswith(self.ignored) or is_draft(tensor)
 
 
 STYLES = {
@@ -59,6 +59,11 @@ STYLES = {
         Style("transformers", "model.", "", fused=True),
     )
 }
+
+
+def is_draft(tensor: str) -> bool:
+    """Whether a file tensor belongs to the modules that predict several tokens at once (MTP)."""
+    return _MTP.search(tensor) is not None
 
 
 def detect_style(names: Iterable[str]) -> Style | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import glob
 import math
 import os
 import shutil
@@ -10,6 +12,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import ml_dtypes
@@ -19,7 +22,8 @@ from minimax_jax.checkpoint.errors import CheckpointError
 from minimax_jax.checkpoint.files import INDEX_NAME, SINGLE_NAME
 from minimax_jax.checkpoint.load import LoadPlan, plan_load
 from minimax_jax.checkpoint.mxfp8 import mxfp8_scale_shape, quantize_mxfp8
-from minimax_jax.checkpoint.names import STYLES, Piece, state_tensors
+from minimax_jax.checkpoint.names import STYLES, Piece, is_draft, state_tensors
+from minimax_jax.checkpoint.read import read_state_tensor
 from minimax_jax.checkpoint.save import assign_shards, write_config, write_index, write_shard
 from minimax_jax.checkpoint.verify import MXFP8_VALUES
 from minimax_jax.config import MiniMaxM3Config
@@ -30,7 +34,8 @@ from minimax_jax.tensor_table import MXFP8_BLOCK
 _STRIP_ELEMENTS = 1 << 22  # quantised at a time: temporaries take twelve times their bytes in the file
 _MAX_THREADS = 8
 _PROGRESS_DELAY = 2.0  # seconds; what is over sooner shows nothing
-_OTHER_FILES = (".json", ".jinja", ".txt", ".model", ".py")  # of a checkpoint's folder, taken along
+_OTHER_FILES = (".json", ".jinja", ".txt", ".model", ".py", ".md")  # of a checkpoint's folder, taken along
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE")  # such files have no suffix, or any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Quantized:
 
     Attributes:
       directory: where.
-      tensors: that were quantised; bytes_before, bytes_after: of all weights.
+      tensors: that were quantised; bytes_before, bytes_after: of all weights, as stored.
     """
 
     directory: Path
@@ -62,10 +67,11 @@ def quantize_checkpoint(
 ) -> Quantized:
     """Writes what `directory` holds as an MXFP8 checkpoint with the vendor's names, config and index.
 
-    Linears and routed experts become e4m3 values with a scale per 32 inputs, rounded to nearest (`quantize_mxfp8`);
-    all else stays: embeddings, head and norms in bfloat16, routers in float32, vision tensors as they are. Tokenizer
-    files come along. The same input gives the same bytes. `out` appears in one rename when it is whole; the host holds
-    one shard.
+    Linears and routed experts become e4m3 values with a scale per 32 inputs, rounded once (`quantize_mxfp8`); all else
+    stays: embeddings, head and norms in bfloat16, routers in float32, vision and MTP tensors as they are, MTP named in
+    `ignored_layers`. Tokenizer, licence and README come along. The same input gives the same bytes. `out` appears in
+    one rename when it is whole, and what a killed run to the same `out` has left behind is removed; the host holds one
+    shard.
 
     Args:
       directory: a checkpoint in floats, of the vendor's or transformers' names; "tiny" is the embedded one.
@@ -91,20 +97,50 @@ def quantize_checkpoint(
         jobs = [*_text_jobs(plan, config), *_other_jobs(plan)]
         target.parent.mkdir(parents=True, exist_ok=True)
         total = sum(sum(job.sizes.values()) for job in jobs)
+        _remove_stale(target)
         _require_room(target.parent, total)
-        stage = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
-        stage.mkdir()
-        try:
+        with _staged(target) as stage:
             moe = [i for i in range(config.num_hidden_layers) if config.is_moe(i)]
-            whole = config.replace(quantization=mxfp8_quantization(moe))
+            drafts = ["mtp"] if any(map(is_draft, plan.files.names())) else []
+            whole = config.replace(quantization=mxfp8_quantization(moe, drafts))
             write_config(whole, "vendor", "bfloat16", stage / "config.json")
             _write(jobs, stage, max_shard_bytes, progress=progress)
             _copy_others(source, stage)
             os.rename(stage, target)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
     tensors = sum(len(job.sizes) == 2 for job in jobs)
     return Quantized(target, tensors, sum(job.read_bytes for job in jobs), total)
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to write to, locked for as long as this process lives and gone afterwards."""
+    stage = target.parent / f".{target.name}.partial-{uuid.uuid4().hex[:8]}"
+    stage.mkdir()
+    try:
+        with ExitStack() as held:
+            with suppress(OSError):  # a file system without locks: there nobody removes what seems to be stale either
+                held.enter_context(_lock(stage))
+            yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _remove_stale(target: Path) -> None:
+    """Removes the folders of runs to `target` that were killed: nobody holds their locks."""
+    for stage in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
+        with suppress(OSError), _lock(stage):
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def _lock(directory: Path) -> Iterator[None]:
+    """Raises OSError if another process has it."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _text_jobs(plan: LoadPlan, config: MiniMaxM3Config) -> Iterator[_Job]:
@@ -112,17 +148,21 @@ def _text_jobs(plan: LoadPlan, config: MiniMaxM3Config) -> Iterator[_Job]:
     _require_floats(plan)
     for tensor in state_tensors(config, STYLES["vendor"]).values():
         dtype = plan.dtype_of(tensor.name)
+        stored = sum(plan.files.num_bytes(piece.name) for piece in plan.tensors[tensor.name].pieces)
         for piece in tensor.pieces:
             size = math.prod(piece.shape)
             sizes = {piece.name: size * dtype.itemsize}
             if piece.quantisable:
                 sizes = {piece.name: size, piece.scales.name: size // MXFP8_BLOCK}
-            yield _Job(sizes, size * dtype.itemsize, _maker(plan, tensor.name, piece))
+            yield _Job(sizes, stored * size // math.prod(tensor.shape), _maker(plan, tensor.name, piece))
 
 
 def _maker(plan: LoadPlan, name: str, piece: Piece) -> Callable[[], dict[str, np.ndarray]]:
     def make() -> dict[str, np.ndarray]:
-        part = plan.read(name, piece.region).reshape([high - low for low, high in piece.region][-len(piece.shape) :])
+        # float32 holds every float of a file, so that a quantised number is rounded once
+        dtype = np.dtype(np.float32) if piece.quantisable else plan.dtype_of(name)
+        part = read_state_tensor(plan.files, plan.tensors[name], dtype, piece.region)
+        part = part.reshape([high - low for low, high in piece.region][-len(piece.shape) :])
         stored = part.swapaxes(-1, -2) if piece.transposed else part
         if not piece.quantisable:
             return {piece.name: np.ascontiguousarray(stored)}
@@ -210,8 +250,9 @@ def _write(jobs: Sequence[_Job], stage: Path, max_shard_bytes: float, *, progres
 
 
 def _copy_others(source: Path, stage: Path) -> None:
-    """Tokenizer, template and the like; weights and what was written anew stay behind."""
+    """Tokenizer, template, licence and the like; weights and what was written anew stay behind."""
     for path in sorted(source.iterdir()):
-        known = path.suffix in _OTHER_FILES and path.name not in ("config.json", INDEX_NAME)
+        known = path.suffix in _OTHER_FILES or path.name.upper().startswith(_LICENCES)
+        known = known and path.name not in ("config.json", INDEX_NAME)
         if known and path.is_file():
             shutil.copyfile(path, stage / path.name)

@@ -76,7 +76,7 @@ def save_state(
     try:
         embedding: Any = state["embed_tokens"]
         dtype, kept = np.dtype(embedding.dtype), _kept(state) if style == "vendor" else []
-        write_config(_saved_config(config, kept), style, dtype.name, stage / "config.json")
+        write_config(_saved_config(config, tensors, kept), style, dtype.name, stage / "config.json")
         _write_weights(state, tensors, kept, dtype, stage, max_shard_bytes)
         _publish(stage, target)
     finally:
@@ -112,8 +112,13 @@ def _kept(state: Mapping[str, Any]) -> list[str]:
     return [name for name, leaf in state.items() if _is_mxfp8(leaf)]
 
 
-def _saved_config(config: MiniMaxM3Config, kept: list[str]) -> MiniMaxM3Config:
-    quantization = mxfp8_quantization(i for i in range(config.num_hidden_layers) if config.is_moe(i)) if kept else None
+def _saved_config(config: MiniMaxM3Config, tensors: dict[str, StateTensor], kept: list[str]) -> MiniMaxM3Config:
+    """For a state of which `kept` is in 8 bits: matrices in floats that usually are not are named, one by one."""
+    quantization = None
+    if kept:
+        floats = (tensor for name, tensor in tensors.items() if name not in kept)
+        also = [piece.name.removesuffix(".weight") for tensor in floats for piece in tensor.pieces if piece.quantisable]
+        quantization = mxfp8_quantization((i for i in range(config.num_hidden_layers) if config.is_moe(i)), also)
     return config.replace(quantization=quantization, vision=None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from minimax_jax.config import MiniMaxM3Config
@@ -62,6 +63,17 @@ def select_cases(
     cases = [Case(PREFILL, 1, chunk, prefix) for prefix in prefixes]
     cases += [Case(DECODE, batch, 1, context) for context in contexts for batch in batches]
     return sorted(cases, key=lambda case: case not in TARGETS)
+
+
+def waves(cases: Sequence[Case]) -> list[list[Case]]:
+    """The cases in groups that are compiled together and then measured, those with a target before the others.
+
+    In each half chunks are first, since their segments compile fast.
+    """
+    groups: dict[tuple[bool, bool], list[Case]] = {}
+    for case in cases:
+        groups.setdefault((case not in TARGETS, case.kind == DECODE), []).append(case)
+    return [groups[key] for key in sorted(groups)]
 
 
 def slice_config(layers: int, *, tiny: bool) -> MiniMaxM3Config:

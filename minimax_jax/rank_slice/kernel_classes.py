@@ -20,7 +20,7 @@ _PATTERNS = tuple(
         ("select", r"select_blocks|topk|top_k"),
         ("attend", r"attention|merge_partials"),
         ("write", r"write_pages"),
-        ("matmul", r"matmul|gemm|gemv|nvjet|cublas|cutlass|xmma|splitk|_dot"),
+        ("matmul", r"matmul|sum_splits|gemm|gemv|nvjet|cublas|cutlass|xmma|splitk|_dot"),
         ("copies", r"memcpy|memset|copy"),
     )
 )
@@ -28,7 +28,12 @@ _PICK = re.compile(r"pick|take")  # the module that makes logits and chooses tok
 
 
 def kernel_class(launch: Launch) -> str:
-    """One of `CLASSES`; what no pattern names is XLA's own: norms, rotations, residuals, the router's choice."""
+    """One of `CLASSES`.
+
+    The router's product is with "matmul", as its bytes are in `step_work`; its choice and the sorting of pairs with
+    "experts". `add_norm`, `norm_rope` and whatever no pattern names, XLA's own fusions, are "elementwise". Of the
+    module that makes logits and chooses tokens, products are the "head", and all else is "sampling".
+    """
     name = launch.name.lower()
     found = next((kind for kind, pattern in _PATTERNS if pattern.search(name)), "elementwise")
     if not _PICK.search(launch.module):

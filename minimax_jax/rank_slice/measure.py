@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from minimax_jax.cache import cache_dtype
 from minimax_jax.parallel import Layout, ParallelConfig, ParallelError
 from minimax_jax.parallel.config import EXPERTS
-from minimax_jax.rank_slice.cases import DECODE, PREFILL, TARGETS, Case, select_cases, slice_config
+from minimax_jax.rank_slice.cases import DECODE, PREFILL, TARGETS, Case, select_cases, slice_config, waves
 from minimax_jax.rank_slice.ceilings import Ceilings, measure_ceilings
 from minimax_jax.rank_slice.kernel_classes import class_times, kernel_table
 from minimax_jax.rank_slice.report import draw, table
@@ -34,10 +34,11 @@ _WARM_UP = 3  # steps before anything counts: compilation, capture, the first re
 _PROFILED = {DECODE: 4, PREFILL: 1}
 _STEPS = {DECODE: 30, PREFILL: 2}  # in a row, of which the wall time is taken
 _ROUNDS = 3
+_COMPILING_SHARE = 0.75  # of the time that is left, the most that a group of cases may compile for
 
 
 def run_rank_slice(args: argparse.Namespace) -> int:
-    """Runs the subcommand and returns the exit code.
+    """Runs the subcommand and returns the exit code: `FAILED` if a case failed or was left out.
 
     Raises:
       ValueError: for sizes that cannot be, or that the device has no memory for.
@@ -84,11 +85,7 @@ def run_rank_slice(args: argparse.Namespace) -> int:
     )  # fmt: skip
     del state
     pool_bytes = engine.pool.num_pages * engine.page_bytes
-    say(f"{pool_bytes / 1e9:.1f} GB of pages filled; compiling {sum(c.kind == DECODE for c in cases)} decode steps")
-    start = time.perf_counter()
-    compiled = engine.compile(cases, say)
-    compile_seconds = time.perf_counter() - start
-    say(f"decode steps compiled in {compile_seconds:.1f} s")
+    say(f"{pool_bytes / 1e9:.1f} GB of pages filled")
     report: dict[str, Any] = {
         "setting": _setting(args, device, dtype),
         "ceilings": dataclasses.asdict(ceilings),
@@ -101,44 +98,66 @@ def run_rank_slice(args: argparse.Namespace) -> int:
             ),
         },
         "pool_bytes": pool_bytes,
-        "compile_seconds": compile_seconds,
-        "routing": {"share_of_rank": sum(load), "share_of_its_busiest_expert": max(load, default=0.0)},
+        "compile_seconds": 0.0,
+        "routing": {
+            "share_of_rank": {layer: sum(shares) for layer, shares in load.items()},
+            "share_of_its_busiest_expert": {layer: max(shares) for layer, shares in load.items()},
+        },
         "cases": [],
         "failed": {},
         "left_out": [],
     }
-    for case in cases:
-        if time.monotonic() - begun > args.limit_s:
-            report["left_out"].append(case.name)
-            continue
-        found = compiled.get(case, {})
-        if "error" not in found:
-            try:
-                found |= _measure(engine, case, layout, ceilings, args, load)
-            except jax.errors.JaxRuntimeError as error:  # want of memory, as a rule
-                found["error"] = " ".join(str(error).split())[:500]
-                engine.recover()
-        if "error" in found:
-            report["failed"][case.name] = found["error"]
+    deadline = begun + args.limit_s
+    for wave in waves(cases):
+        compiled: dict[Case, dict[str, Any]] = {}
+        left = deadline - time.monotonic()
+        if wave[0].kind == DECODE and left > 0:
+            say(f"compiling {len(wave)} decode steps, for {_COMPILING_SHARE * left:.0f} s at most")
+            start = time.perf_counter()
+            compiled = engine.compile(wave, say, seconds=_COMPILING_SHARE * left)
+            report["compile_seconds"] += time.perf_counter() - start
+        for case in wave:
+            late = time.monotonic() > deadline
+            if late or (case.kind == DECODE and case not in compiled):
+                report["left_out"].append(case.name)
+                say(f"{case.name}: left out, --limit-s {args.limit_s} " + ("is over" if late else "leaves no time"))
+                continue
+            found = compiled.get(case, {})
+            if "error" not in found:
+                found["compiling_beside"] = engine.compiling
+                try:
+                    found |= _measure(engine, case, layout, ceilings, args, load)
+                except jax.errors.JaxRuntimeError as error:  # want of memory, as a rule
+                    found["error"] = " ".join(str(error).split())[:500]
+                    engine.recover()
+            if "error" in found:
+                report["failed"][case.name] = found["error"]
+                _write(report, args.out)
+                say(f"{case.name}: FAILED: {found['error']}")
+                continue
+            report["cases"].append(found)
+            report["peak_bytes"] = _memory(device, "peak_bytes_in_use")  # of the whole run until now
+            report["seconds"] = time.monotonic() - begun
             _write(report, args.out)
-            say(f"{case.name}: FAILED: {found['error']}")
-            continue
-        report["cases"].append(found)
-        found["peak_bytes"] = report["peak_bytes"] = _memory(device, "peak_bytes_in_use")
-        report["seconds"] = time.monotonic() - begun
-        _write(report, args.out)
-        say(f"{case.name}: {found['step_ms']:.2f} ms, {found['times_floor']:.2f} x floor")
+            say(f"{case.name}: {found['step_ms']:.2f} ms, {found['times_floor']:.2f} x floor")
     engine.pool.release()
     _write(report, args.out)
     print(table(report))
     drawn_to = draw(report, args.out / "rank_slice.png")
     picture = f", {drawn_to}" if drawn_to else " (no picture: matplotlib is not installed)"
     print(f"{args.out / 'rank_slice.json'}{picture}")
-    return FAILED if report["failed"] else OK
+    if engine.compiling:
+        say(f"results are written; waiting for {engine.compiling} compilations, which cannot be stopped")
+    return FAILED if report["failed"] or report["left_out"] else OK
 
 
 def _measure(
-    engine: SliceEngine, case: Case, layout: Layout, ceilings: Ceilings, args: argparse.Namespace, load: list[float]
+    engine: SliceEngine,
+    case: Case,
+    layout: Layout,
+    ceilings: Ceilings,
+    args: argparse.Namespace,
+    load: dict[int, list[float]],
 ) -> dict[str, Any]:
     """Times one case, then profiles some of its steps."""
     steps, layers, bad = _STEPS[case.kind], layout.config.num_hidden_layers, engine.bad_steps
@@ -199,9 +218,11 @@ def _comparable(layout: Layout, args: argparse.Namespace) -> bool:
 
 
 def _setting(args: argparse.Namespace, device: jax.Device, dtype: Any) -> dict[str, Any]:
-    own = {name: value for name, value in vars(args).items() if name not in ("run", "command", "benchmark", "out")}
+    general = ("run", "command", "benchmark", "out", "version")
+    own = {name: value for name, value in vars(args).items() if name not in general}
     return {
         **own,
+        "steps_per_launch": 1,
         "device": device.device_kind,
         "dtype": dtype.name,
         "collectives": "local copies of the same size",

@@ -14,6 +14,7 @@ _COLORS = (
 
 def table(report: dict[str, Any]) -> str:
     """For a terminal: each case against its floor and target, then where its time goes."""
+    steps = report["setting"]["steps_per_launch"]
     width = max([len(case["case"]) for case in report["cases"]], default=4)
     lines = [f"{'case':{width}}  ms a step  us a layer  floor, ms  x floor    MFU  bandwidth  target, ms  aim"]
     for case in report["cases"]:
@@ -33,7 +34,9 @@ def table(report: dict[str, Any]) -> str:
         if case.get("temporaries") is not None:
             lines.append(f"  {case['temporaries'] / 1e6:.0f} MB beside weights and pages")
         if case.get("float_copies") is not None:
-            lines.append(f"  {case['float_copies'] or 'no'} arrays of a quantised weight's size in floats are written")
+            lines.append(f"  {case['float_copies'] or 'no'} copies of quantised weights in floats are written")
+        if case["compiling_beside"]:
+            lines.append(f"  measured while {case['compiling_beside']} other steps compiled: the host was not quiet")
         if case["distinct_pages"] < 1:
             lines.append(
                 f"  requests share pages: {case['distinct_pages']:.0%} of them are distinct, for want of memory"
@@ -46,8 +49,9 @@ def table(report: dict[str, Any]) -> str:
     weights, peak = report["weights"], report.get("peak_bytes")
     lines.append(
         f"weights {weights['bytes'] / 1e9:.1f} GB in {weights['seconds']:.1f} s, pages "
-        f"{report['pool_bytes'] / 1e9:.1f} GB" + ("" if peak is None else f", peak {peak / 1e9:.1f} GB")
+        f"{report['pool_bytes'] / 1e9:.1f} GB" + ("" if peak is None else f", peak of the run {peak / 1e9:.1f} GB")
     )
+    lines.append(f"decode: {steps} step a launch; the engine on a GPU takes 8 while no prompt waits and nobody streams")
     return "\n".join(lines)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,11 +25,11 @@ from minimax_jax.parallel import Layout
 from minimax_jax.parallel.config import EXPERTS, TOKENS
 from minimax_jax.rank_slice.cases import DECODE, PREFILL, Case
 from minimax_jax.rank_slice.comm import SliceComm
+from minimax_jax.rank_slice.compiling import Compiler
 from minimax_jax.rank_slice.float_copies import float_copies
 from minimax_jax.tensor_table import cache_bytes_per_token
 from minimax_kernels import Batch, Mxfp8
 
-_COMPILING_THREADS = 8
 _MEMORY_SHARE = 0.97
 _RESERVE = 6 << 30  # bytes for what a chunk of 8192 tokens holds between its kernels
 
@@ -77,6 +75,7 @@ class SliceEngine:
         self._leaves = list(state.values())
         self._steps = Steps(local, graphdef, tuple(state), comm=comm)
         self._wide: dict[tuple[int, ...], Any] = {}
+        self._compiler = Compiler()
         jitted: Any = self._steps.layers
         self._jitted = jitted
         self._steps.layers = self._run_layers  # type: ignore[assignment]
@@ -101,38 +100,45 @@ class SliceEngine:
             segmented=self._steps.segments(tuple(chunks), (1,), widths),
         )
 
-    def compile(self, cases: Sequence[Case], say: Callable[[str], None]) -> dict[Case, dict[str, Any]]:
+    def compile(
+        self, cases: Sequence[Case], say: Callable[[str], None], *, seconds: float
+    ) -> dict[Case, dict[str, Any]]:
         """Compiles the decode steps side by side; chunks compile when they first run.
 
         Args:
           say: told of each that is done.
+          seconds: how long to wait for them.
 
         Returns:
-          of each case "temporaries", bytes that the step takes beside its arguments, and "float_copies", how many
-          arrays of a quantised weight's size in floats it writes, None without such weights; or "error", why it does
-          not compile.
+          of each case that was done in time "temporaries", bytes that the step takes beside its arguments, and
+          "float_copies", how many copies of quantised weights in floats it writes, None without such weights; or
+          "error", why it does not compile.
         """
         decode = [case for case in cases if case.kind == DECODE]
         shapes = {leaf.shape for leaf in self._leaves if isinstance(leaf, Mxfp8)}
-        shapes -= {leaf.shape for leaf in self._leaves if not isinstance(leaf, Mxfp8)}  # which are floats anyway
+        plain = [leaf for leaf in self._leaves if not isinstance(leaf, Mxfp8)]
+        floats = {leaf.shape for leaf in (*plain, *jax.tree.leaves(self.pool.caches))}
         found: dict[Case, dict[str, Any]] = {}
-        with concurrent.futures.ThreadPoolExecutor(min(_COMPILING_THREADS, os.cpu_count() or 1)) as threads:
-            waiting = {threads.submit(self._compiled, case): case for case in decode}
-            for done in concurrent.futures.as_completed(waiting):
-                case = waiting[done]
-                try:
-                    compiled = done.result()
-                except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # the other cases can still run
-                    found[case] = {"error": " ".join(str(error).split())[:500]}
-                    continue
-                self._wide[self._key(case)] = compiled
-                memory = compiled.memory_analysis()
-                found[case] = {
-                    "temporaries": None if memory is None else int(memory.temp_size_in_bytes),
-                    "float_copies": len(float_copies(compiled.as_text(), shapes)) if shapes else None,
-                }
-                say(f"compiled {case.name}")
+        tasks = {case: functools.partial(self._compiled, case) for case in decode}
+        for case, done in self._compiler.run(tasks, seconds):
+            try:
+                compiled = done.result()
+            except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # the other cases can still run
+                found[case] = {"error": " ".join(str(error).split())[:500]}
+                continue
+            self._wide[self._key(case)] = compiled
+            memory = compiled.memory_analysis()
+            found[case] = {
+                "temporaries": None if memory is None else int(memory.temp_size_in_bytes),
+                "float_copies": len(float_copies(compiled.as_text(), shapes, floats)) if shapes else None,
+            }
+            say(f"compiled {case.name}")
         return found
+
+    @property
+    def compiling(self) -> int:
+        """How many decode steps still compile although nobody waits for them: the host is not quiet."""
+        return self._compiler.compiling
 
     def recover(self) -> None:
         """Fresh pages and rows, after a step that failed has taken the old ones with it."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from minimax_jax.checkpoint import STYLES, state_tensors
@@ -68,18 +69,30 @@ def draw_weights(config: MiniMaxM3Config, structs: Mapping[str, Any], routing: s
     return state
 
 
-def routing_load(config: MiniMaxM3Config, state: Mapping[str, Any], experts: range, tokens: int = 4096) -> list[float]:
-    """Of random tokens' choices in the first layer with experts, the share that each of `experts` gets."""
-    layer = next((i for i in range(config.num_hidden_layers) if config.is_moe(i)), None)
-    if layer is None:
-        return []
-    gate = f"layers.{layer}.mlp.gate."
-    hidden = jax.random.normal(jax.random.key(1), (tokens, config.hidden_size))
-    scores = jax.nn.sigmoid(hidden @ state[gate + "weight"]) + state[gate + "e_score_correction_bias"]
-    chosen = jax.lax.top_k(scores, config.num_experts_per_tok)[1]
-    counts = jnp.bincount(chosen.reshape(-1), length=config.num_local_experts)
-    shares = [float(count) for count in counts / chosen.size]
-    return [shares[expert] for expert in experts]
+def routing_load(
+    config: MiniMaxM3Config, state: Mapping[str, Any], experts: range, tokens: int = 4096
+) -> dict[int, list[float]]:
+    """Of random tokens' choices in each layer with experts, by its number, the share that each of `experts` gets."""
+    layers = [i for i in range(config.num_hidden_layers) if config.is_moe(i)]
+    if not layers:
+        return {}
+    gates = [
+        (state[f"layers.{i}.mlp.gate.weight"], state[f"layers.{i}.mlp.gate.e_score_correction_bias"]) for i in layers
+    ]
+
+    @jax.jit
+    def counts(gates: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+        hidden = jax.random.normal(jax.random.key(1), (tokens, config.hidden_size))
+
+        def one(gate: tuple[jax.Array, jax.Array]) -> jax.Array:
+            scores = jax.nn.sigmoid(hidden @ gate[0]) + gate[1]
+            chosen = jax.lax.top_k(scores, config.num_experts_per_tok)[1]
+            return jnp.bincount(chosen.reshape(-1), length=config.num_local_experts)
+
+        return jax.lax.map(one, jax.tree.map(lambda *each: jnp.stack(each), *gates))  # compiled once for all layers
+
+    shares = np.asarray(counts(gates)) / (tokens * config.num_experts_per_tok)
+    return {layer: [float(of[expert]) for expert in experts] for layer, of in zip(layers, shares, strict=True)}
 
 
 def mxfp8_exponent(config: MiniMaxM3Config, name: str) -> float:

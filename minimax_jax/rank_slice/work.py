@@ -11,8 +11,6 @@ from minimax_jax.rank_slice.cases import Case
 from minimax_jax.rank_slice.ceilings import Ceilings
 from minimax_jax.tensor_table import MXFP8_BLOCK
 
-_SCORE_BYTES = 4
-
 
 @dataclasses.dataclass(frozen=True)
 class Work:
@@ -33,16 +31,21 @@ class Work:
 
 
 def step_work(
-    layout: Layout, case: Case, *, weights: str, experts_load: Sequence[float] | None = None, cache_itemsize: int = 2
+    layout: Layout,
+    case: Case,
+    *,
+    weights: str,
+    experts_load: Mapping[int, Sequence[float]] | None = None,
+    cache_itemsize: int = 2,
 ) -> dict[str, Work]:
     """One step of one rank, by class of kernel (`kernel_classes.CLASSES`).
 
-    Activations between kernels are not counted: a perfect step keeps them on the chip. Selection compares, which is no
-    FLOP.
+    Activations between kernels, scores of blocks among them, are not counted: a perfect step keeps them on the chip.
+    So selection, which compares, has no work here.
 
     Args:
       weights: "mxfp8" or "bf16".
-      experts_load: of all choices of experts, the shares of this rank's (`routing_load`); None for even ones.
+      experts_load: by layer, of all choices of experts, the shares of this rank's (`routing_load`); None for even ones.
       cache_itemsize: bytes of a cached number.
     """
     config, local = layout.config, layout.local_config
@@ -68,7 +71,6 @@ def step_work(
             end * index_dim * cache_itemsize,
         )
         * case.batch,
-        "select": Work(0, _SCORE_BYTES * index_heads * visible_blocks(queries, prefix, block)) * case.batch,
         "attend": Work(
             4 * heads * dim * selected_keys(queries, prefix, topk, block),
             2 * read_keys * kv_heads * dim * cache_itemsize,
@@ -83,23 +85,27 @@ def step_work(
         "write": Work(0, tokens * 2 * kv_heads * dim * cache_itemsize),
     }
     per_token = config.num_experts_per_tok
-    load = experts_load or [1 / config.num_local_experts] * layout.experts_per_rank
-    # tokens choose alone: an expert is read unless none of them wants it
-    held = sum(1 - (1 - min(1.0, per_token * share)) ** tokens for share in load)
+    even = [1 / config.num_local_experts] * layout.experts_per_rank
     expert = 3 * hidden * local.intermediate_size
-    rows = tokens * per_token * sum(load)
-    routed = Work(2 * rows * expert, held * expert * (1 + 1 / MXFP8_BLOCK if weights == "mxfp8" else 2))
-    moe = {
-        "experts": routed,
-        "matmul": gated(local.shared_intermediate_size) + linear(hidden, config.num_local_experts, itemsize=4),
-    }
+
+    def routed(load: Sequence[float]) -> Work:
+        # tokens choose alone: an expert is read unless none of them wants it
+        held = sum(1 - (1 - min(1.0, per_token * share)) ** tokens for share in load)
+        rows = tokens * per_token * sum(load)
+        return Work(2 * rows * expert, held * expert * (1 + 1 / MXFP8_BLOCK if weights == "mxfp8" else 2))
+
+    beside = gated(local.shared_intermediate_size) + linear(hidden, config.num_local_experts, itemsize=4)
     mlp = {"matmul": gated(local.dense_intermediate_size)}
     # only the last token of a request gets logits
     head = Work(2 * case.batch * hidden * local.vocab_size, hidden * local.vocab_size * 2)
     total: dict[str, Work] = {"head": head}
     for layer in range(config.num_hidden_layers):
         _add(total, sparse if config.is_sparse(layer) else dense)
-        _add(total, moe if config.is_moe(layer) else mlp)
+        if config.is_moe(layer):
+            load = even if experts_load is None else experts_load[layer]
+            _add(total, {"experts": routed(load), "matmul": beside})
+        else:
+            _add(total, mlp)
     return total
 
 

@@ -17,6 +17,7 @@ from checkpoint_samples import (
     BF16,
     assert_same_state,
     cast_state,
+    mxfp8_config,
     random_state,
     small_config,
     vendor_state,
@@ -184,6 +185,26 @@ def test_an_interrupted_load_leaves_nothing(
     assert caught.tb is not None  # the traceback is alive, as in an interactive session
     assert len(taken) == 10 and all(array.is_deleted() for array in taken)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("load")]
+
+
+def test_a_load_that_ends_at_the_scales_leaves_no_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = mxfp8_config()
+    write_checkpoint(tmp_path, vendor_tensors(config))
+    put, taken = jax.device_put, []
+
+    def counting_put(*arguments: object) -> jax.Array:
+        taken.append(put(*arguments))
+        return taken[-1]
+
+    def failing_read(self: LoadPlan, name: str, **arguments: object) -> np.ndarray:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LoadPlan, "read_scales", failing_read)
+    monkeypatch.setattr(jax, "device_put", counting_put)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        load_state(tmp_path, config)
+    assert caught.tb is not None and taken[-1].dtype == jax.numpy.float8_e4m3fn
+    assert all(array.is_deleted() for array in taken)
 
 
 def test_progress_goes_to_stderr_and_can_be_turned_off(

@@ -10,7 +10,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from checkpoint_samples import BF16, assert_same_state, random_state, small_config, vendor_tensors
+from checkpoint_samples import (
+    BF16,
+    assert_same_state,
+    mxfp8_config,
+    random_state,
+    small_config,
+    vendor_tensors,
+    write_checkpoint,
+)
 from safetensors import safe_open
 
 from minimax_jax.checkpoint import CheckpointError, check_checkpoint, load_state, save_state
@@ -59,6 +67,26 @@ def test_vendor_names_and_dtypes(tmp_path: Path) -> None:
     with safe_open(tmp_path / "model.safetensors", "flax") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert {name: (value.shape, value.dtype.name) for name, value in stored.items()} == expected
+
+
+def test_what_is_in_floats_of_a_state_in_8_bits_is_named(tmp_path: Path) -> None:
+    config = mxfp8_config()
+    write_checkpoint(tmp_path / "in", vendor_tensors(config))
+    state = load_state(tmp_path / "in", config, progress=False)
+    plain = random_state(small_config())
+    layer = "layers.1.mlp."
+    mixed = state | {layer + name: plain[layer + name] for name in ("shared_experts.gate_up_proj", "experts.down_proj")}
+    for name, tensors in (("kept", state), ("mixed", mixed)):
+        save_state(tensors, config, tmp_path / name, style="vendor")
+    ignored = {
+        name: MiniMaxM3Config.from_pretrained(tmp_path / name).quantization["ignored_layers"]
+        for name in ("kept", "mixed")
+    }
+    file = "language_model.model.layers.1.block_sparse_moe."
+    floats = [f"{file}experts.{expert}.w2" for expert in range(4)]
+    floats += [f"{file}shared_experts.{part}_proj" for part in ("gate", "up")]
+    assert ignored["mixed"] == [*ignored["kept"], *floats]
+    jax.tree.map(np.testing.assert_array_equal, load_state(tmp_path / "mixed", config, progress=False), mixed)
 
 
 def test_a_multimodal_mxfp8_configuration_is_saved_as_the_text_model_it_is(tmp_path: Path) -> None:
