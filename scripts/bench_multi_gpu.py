@@ -234,7 +234,9 @@ def main() -> int:
     if args.as_part:
         end_with_input()
         run = run_processes if parts[0] in ("dispatch", "kill") else run_on_devices
-        return 0 if run(args, parts[0]) else 1
+        code = 0 if run(args, parts[0]) else 1
+        sys.stdout.flush()
+        os._exit(code)  # a return would wait for what is still being compiled on other threads
     interrupt_on_signals()
     try:
         return run_all(args, parts)
