@@ -19,10 +19,8 @@ Exit status: 0, or 1 if anything failed, differed or was lost. What was left out
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -35,10 +33,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 # seconds that each part may take at most, within --limit-s
-LIMITS = {"parity": 90.0, "full": 200.0, "dispatch": 90.0, "kill": 60.0, "serve": 600.0}
+LIMITS = {"parity": 90.0, "full": 200.0, "dispatch": 90.0, "kill": 100.0, "serve": 600.0}
 _CPU_PATIENCE = 8  # times as many seconds for simulated devices
 _GRACE = 20.0  # seconds after which a part that should have ended is ended
 _LEAST_S = 15.0  # seconds that are left, with fewer of which no part begins
+_BEGIN_S = 40.0  # seconds that a generation has for its first token at least
 _COMPILE_S = 25.0  # seconds that what is being compiled may still take when a part ends
 _MEMORY_FRACTION = "0.92"  # of a GPU, for JAX
 
@@ -69,6 +68,7 @@ def arguments() -> argparse.Namespace:
     add("--limit-s", type=float, default=470, help="seconds for everything; what is left out is said (default: 470)")
     add("--tiny", action="store_true", help="small sizes (default: off)")
     add("--cpu-devices", type=int, metavar="N", help="run on N simulated CPU devices (default: GPUs)")
+    add("--as-part", action="store_true", help="what this script gives its own processes (default: off)")
     args = parser.parse_args()
     if unknown := sorted(set(args.parts.split(",")) - set(LIMITS)):
         parser.error(f"--parts: {unknown[0]!r} must be one of {', '.join(LIMITS)}")
@@ -162,31 +162,33 @@ def run_on_devices(args: argparse.Namespace, part: str) -> bool:
 
 def run_processes(args: argparse.Namespace, part: str) -> bool:
     """A part whose processes this one only starts."""
-    from benchmarks.multi_gpu.launching import environment, kill_one, over_devices
+    from benchmarks.multi_gpu.ending import run_within
+    from benchmarks.multi_gpu.launching import KILL_LIMIT, environment, kill_one, over_devices, said_of
 
     sizes, cpu = (args.tp, args.ep, args.attention_dp), args.cpu_devices is not None
     count, save = max(args.tp * args.attention_dp, args.ep), saver(args, part, {})
     if part == "kill":
-        record = kill_one(sizes, count, args.out, cpu=cpu)
-        say(f"  the others ended after {record['seconds']:.1f} s; named: {record['named']}")
+        left = START + args.limit_s - time.monotonic()
+        record = kill_one(sizes, count, args.out, begin_s=max(left - KILL_LIMIT, _BEGIN_S), cpu=cpu)
+        say(f"  {said_of(record)}")
         save(record)
         return record["fine"]
     record, fine = {}, True
     for processes in dict.fromkeys((1, count)):
+        name, left = f"processes_{processes}", START + args.limit_s - time.monotonic()
+        if left < _LEAST_S:
+            record[name] = {"error": "left out for want of time"}
+            say(f"  {processes} processes: left out for want of time")
+            fine &= processes > 1  # what was measured is fine, but nothing is not
+            save({**record, "fine": fine})
+            continue
         options = ["--layers", str(args.dispatch_layers), *(["--tiny", "--steps", "5"] if args.tiny else [])]
         file = args.out / f"dispatch_{processes}.json"
         command = over_devices(
             "benchmarks.multi_gpu.dispatch", [*options, "--out", str(file.resolve())], sizes, processes, cpu=cpu
         )
-        left = max(1.0, START + args.limit_s - time.monotonic())
         with (args.out / f"dispatch_{processes}.err").open("w") as err:
-            try:
-                code = subprocess.run(
-                    command, stdout=subprocess.DEVNULL, stderr=err, cwd=ROOT, env=environment(), timeout=left
-                ).returncode
-            except subprocess.TimeoutExpired:
-                code = None
-        name = f"processes_{processes}"
+            code = run_within(command, left, stdout=subprocess.DEVNULL, stderr=err, cwd=ROOT, env=environment())
         if code == 0:
             record[name] = found = json.loads(file.read_text(encoding="utf-8"))
             say(f"  {processes} processes: dispatch {found['dispatch_us']:.0f} us, step {found['step_us']:.0f} us")
@@ -199,57 +201,51 @@ def run_processes(args: argparse.Namespace, part: str) -> bool:
 
 def run_all(args: argparse.Namespace, parts: list[str]) -> int:
     """Each part in a process of its own, which has all devices and leaves none of its memory behind."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    failed = []
+    from benchmarks.multi_gpu.ending import end_group, start_group
+
+    failed, left_out = [], []
     for part in parts:
         left = START + args.limit_s - time.monotonic()
         if left < _LEAST_S:
+            left_out.append(part)
             say(f"{part}: left out for want of time")
             continue
-        limit = min(left, LIMITS[part] * (_CPU_PATIENCE if args.cpu_devices else 1))
+        limit = left if len(parts) == 1 else min(left, LIMITS[part] * (_CPU_PATIENCE if args.cpu_devices else 1))
         say(f"{part} (at most {limit:.0f} s) ...")
-        command = [sys.executable, *sys.argv, "--parts", part, "--limit-s", f"{limit:.0f}"]
-        # a group of its own, which ends with all that it has started
-        child = subprocess.Popen(command, start_new_session=True)
+        child = start_group([sys.executable, *sys.argv, "--parts", part, "--limit-s", f"{limit:.0f}", "--as-part"])
         try:
             code = child.wait(limit + _GRACE)
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            _end_group(child)
+            end_group(child)
         if code != 0:
             failed.append(part)
             say(f"{part}: {'hung, and was ended' if code is None else f'status {code}'}")
-    say(f"failed: {', '.join(failed)}" if failed else "all is fine")
+    fine = f"what ran is fine; left out: {', '.join(left_out)}" if left_out else "all is fine"
+    say(f"failed: {', '.join(failed)}" if failed else fine)
     return int(bool(failed))
-
-
-def _end_group(child: subprocess.Popen) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(5)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def main() -> int:
     """Runs the parts that were asked for."""
     args = arguments()
+    from benchmarks.multi_gpu.ending import end_with_input, interrupt_on_signals
+
     parts = args.parts.split(",")
-    if len(parts) > 1:
-        signal.signal(signal.SIGTERM, _interrupt)  # or the part that runs would outlive this process
-        try:
-            return run_all(args, parts)
-        except KeyboardInterrupt:
-            say("interrupted; what was measured is in --out")
-            return 130
     args.out.mkdir(parents=True, exist_ok=True)
-    run = run_processes if parts[0] in ("dispatch", "kill") else run_on_devices
-    return 0 if run(args, parts[0]) else 1
+    if args.as_part:
+        end_with_input()
+        run = run_processes if parts[0] in ("dispatch", "kill") else run_on_devices
+        code = 0 if run(args, parts[0]) else 1
+        sys.stdout.flush()
+        os._exit(code)  # a return would wait for what is still being compiled on other threads
+    interrupt_on_signals()
+    try:
+        return run_all(args, parts)
+    except KeyboardInterrupt:
+        say("interrupted; what was measured is in --out")
+        return 130
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,7 +22,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from benchmarks.multi_gpu.launching import environment, kill_one, over_devices  # noqa: E402
+from benchmarks.multi_gpu.ending import interrupt_on_signals, run_within  # noqa: E402
+from benchmarks.multi_gpu.launching import environment, kill_one, over_devices, said_of  # noqa: E402
 
 PROMPT = "And it came to pass, that the kernel"
 LAYOUTS = {
@@ -31,6 +31,8 @@ LAYOUTS = {
     4: ("4,4,1", "2,4,2", "1,4,4"),
     8: ("8,8,1", "4,8,1", "2,8,4", "1,8,8"),
 }
+KILL_BEGIN_S = 60.0  # seconds that the run with a lost process has to begin at least, even after --limit-s
+LEAST_S = 5.0  # seconds that are left, with fewer of which nothing begins
 START = time.monotonic()
 
 
@@ -67,11 +69,12 @@ def sizes_of(layout: str) -> tuple[int, int, int]:
 
 def run(args: argparse.Namespace, name: str, argv: list[str]) -> tuple[str | None, str]:
     """(standard output, what went wrong); None if it failed. Both streams are kept in --out."""
-    left = max(1.0, START + args.limit_s - time.monotonic())
+    left = START + args.limit_s - time.monotonic()
+    if left < LEAST_S:
+        return None, "left out for want of time"
     with (args.out / f"{name}.out").open("w+") as out, (args.out / f"{name}.err").open("w+") as err:
-        try:
-            code = subprocess.run(argv, stdout=out, stderr=err, env=environment(), timeout=left).returncode
-        except subprocess.TimeoutExpired:
+        code = run_within(argv, left, stdout=out, stderr=err, env=environment())
+        if code is None:
             return None, "out of time"
         out.seek(0)
         err.seek(0)
@@ -98,8 +101,18 @@ def measure(args: argparse.Namespace, name: str, layout: str, processes: int) ->
 
 
 def main() -> int:
-    """Runs everything; what is done is on disk even if a later part fails."""
+    """Runs everything, or ends what it has started when it is interrupted."""
     args = arguments()
+    interrupt_on_signals()
+    try:
+        return check(args)
+    except KeyboardInterrupt:
+        say("interrupted; what was measured is in --out")
+        return 130
+
+
+def check(args: argparse.Namespace) -> int:
+    """All layouts, and one lost process; what is done is on disk even if a later part fails."""
     args.out.mkdir(parents=True, exist_ok=True)
     layouts = args.layouts.split(";") if args.layouts else LAYOUTS[args.devices]
     report: dict[str, Any] = {"model": args.model, "devices": args.devices, "runs": []}
@@ -124,8 +137,11 @@ def main() -> int:
             report["runs"].append(entry)
             (args.out / "parallel.json").write_text(json.dumps(report, indent=1) + "\n")
     say(f"killing one of {args.devices} processes ...")
-    report["kill"] = kill_one(sizes_of(layouts[0]), args.devices, args.out, cpu=args.cpu, model=args.model)
-    say(f"  the others ended after {report['kill']['seconds']:.1f} s; named: {report['kill']['named']}")
+    left = START + args.limit_s - time.monotonic()
+    report["kill"] = kill_one(
+        sizes_of(layouts[0]), args.devices, args.out, begin_s=max(left, KILL_BEGIN_S), cpu=args.cpu, model=args.model
+    )
+    say(f"  {said_of(report['kill'])}")
     (args.out / "parallel.json").write_text(json.dumps(report, indent=1) + "\n")
     return 0 if fine and report["kill"]["fine"] else 1
 

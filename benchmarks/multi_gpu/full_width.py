@@ -139,9 +139,9 @@ class FullWidth:
 
     def _measure(self, part: str, cases: Sequence[Case], wholes: Executables) -> None:
         for case in cases:
-            if self._late(f"{part}: {case}"):
+            if (whole := self._ready(f"{part}: {case}", wholes, case)) is None:
                 continue
-            times = self._time({"whole": wholes.get(case)}, case)["whole"]
+            times = self._time({"whole": whole}, case)["whole"]
             each = times["step_us"] / self.record["layers"]
             self._add(part, case, {**times, "layer_us": each, "all_layers_ms": each * M3_LAYERS / 1e3})
             shown = f"{times['step_us'] / 1e3:.2f} ms, {each:.0f} us a layer"
@@ -149,9 +149,9 @@ class FullWidth:
 
     def _shares(self, cases: Sequence[Case]) -> None:
         for case in cases:
-            if self._late(f"collectives: {case}"):
+            if (whole := self._ready(f"collectives: {case}", self._wholes, case)) is None:
                 continue
-            share = collective_share(profile(self._wholes.get(case)))
+            share = collective_share(profile(whole))
             self._add("collectives", case, {"found": share is not None, **(share or {})})
             shown = f"{share['share']:.1%}, {share['count']} of them" if share else "the profile shows no kernels"
             self._say(f"  collectives: {case}: {shown}")
@@ -160,14 +160,14 @@ class FullWidth:
         """Layers only, as segments and whole; then how long it takes to capture them again in another pool."""
         made: dict[int, SegmentedPrefill] = {}
         for case in cases:
-            if self._late(f"segments: {case}"):
+            if (whole := self._ready(f"segments: {case}", self._wholes, case)) is None:
                 continue
             steps = self.model.steps_of(case)
             bucket = max(len(step.tokens) for step in steps)
             if bucket not in made:
                 made[bucket] = self.model.segments(bucket)
             run = functools.partial(self.model.run_segments, made[bucket], steps)
-            times = self._time({"segmented": run, "whole": self._wholes.get(case).run_layers}, case)
+            times = self._time({"segmented": run, "whole": whole.run_layers}, case)
             ratio = times["segmented"]["step_us"] / times["whole"]["step_us"]
             self._add("segments", case, {**times, "ratio": ratio})
             self._say(f"  segments: {case}: {ratio:.3f} times the whole")
@@ -204,12 +204,23 @@ class FullWidth:
         self.record["compiled"] += 1
         self._say(f"  compiled {case.kind} {case.size} in {seconds:.0f} s")
 
+    def _ready(self, what: str, wholes: Executables, case: Case) -> WholeStep | None:
+        """The step, or None where it is not compiled in time."""
+        try:
+            return wholes.get(case, self._deadline - time.monotonic())
+        except TimeoutError:
+            self._leave_out(what)
+            return None
+
     def _late(self, what: str) -> bool:
         if time.monotonic() < self._deadline:
             return False
+        self._leave_out(what)
+        return True
+
+    def _leave_out(self, what: str) -> None:
         self.record["left_out"].append(what)
         self._save(self.record)
-        return True
 
     def _time(self, ways: Mapping[str, Callable[[], jax.Array]], case: Case) -> dict[str, dict[str, float]]:
         if case.kind == "decode":
@@ -239,13 +250,20 @@ class Executables(contextlib.AbstractContextManager):
             if (case.kind, case.size) not in self._made:
                 self._made[case.kind, case.size] = self._threads.submit(self._make, case)
 
-    def get(self, case: Case) -> WholeStep:
-        """A step that was begun, when it is ready."""
-        made = self._made[case.kind, case.size].result()
+    def get(self, case: Case, seconds: float) -> WholeStep:
+        """A step that was begun, when it is ready.
+
+        Raises:
+          TimeoutError: if it is not in so many seconds, or if there are none.
+        """
+        if seconds <= 0:
+            raise TimeoutError
+        made = self._made[case.kind, case.size].result(seconds)
         return made if made.case == case else made.after(case.past)
 
     def __exit__(self, *_: object) -> None:
-        self._threads.shutdown(cancel_futures=True)
+        """Does not wait for what is being compiled: that has no limit."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _make(self, case: Case) -> WholeStep:
         began = time.monotonic()

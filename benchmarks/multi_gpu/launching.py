@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.multi_gpu.ending import children_of, end_launcher
 
 ROOT = Path(__file__).resolve().parents[2]
 KILL_LIMIT = 60  # seconds in which the others must end
@@ -51,51 +54,80 @@ def process_of(launcher: int, number: str) -> int:
     Raises:
       ProcessLookupError: if there is none.
     """
-    for folder in Path("/proc").iterdir():
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            argv = (folder / "cmdline").read_bytes().decode().split("\0")
-        except (OSError, ValueError, IndexError):  # no process, or one that has ended meanwhile
-            continue
-        if parent == launcher and "--process-id" in argv and argv[argv.index("--process-id") + 1] == number:
-            return int(folder.name)
+    for process, argv in children_of(launcher):
+        if "--process-id" in argv and argv[argv.index("--process-id") + 1] == number:
+            return process
     raise ProcessLookupError(f"process {number} of the run")
 
 
 def kill_one(
-    sizes: tuple[int, int, int], processes: int, out: Path, *, cpu: bool, model: str = "tiny", tokens: int = 3000
+    sizes: tuple[int, int, int],
+    processes: int,
+    out: Path,
+    *,
+    begin_s: float,
+    cpu: bool,
+    model: str = "tiny",
+    tokens: int = 3000,
 ) -> dict[str, Any]:
     """Kills the last process of a long generation, and times the others' end.
 
     Args:
       out: a folder, for what they say (kill.err).
+      begin_s: seconds in which tokens must come.
 
     Returns:
-      "seconds" until all were gone, whether the lost one was "named", and whether all that is "fine".
+      As `kill_and_wait`.
     """
     arguments = ["generate", "--prompt", _PROMPT, "--max-new-tokens", str(tokens), "--temperature", "0"]
     arguments += ["--ignore-eos", "--model", model]
-    number = str(processes - 1)
-    with (out / "kill.err").open("w+") as err:
+    command = over_devices("minimax_jax", arguments, sizes, processes, cpu=cpu)
+    return kill_and_wait(command, processes, out / "kill.err", begin_s=begin_s, end_s=KILL_LIMIT)
+
+
+def kill_and_wait(command: Sequence[str], processes: int, log: Path, *, begin_s: float, end_s: float) -> dict[str, Any]:
+    """Starts scripts/launch.py, kills the last of its processes when they write, and waits for the others.
+
+    Args:
+      command: the launcher's, with so many `processes`.
+      log: a file for their standard error.
+      begin_s, end_s: seconds until they write, and from the kill until all are gone; then they are ended.
+
+    Returns:
+      "seconds" from the kill until all were gone (None: none was killed), whether the lost one was "named" on standard
+      error, what went "wrong" (None: nothing), and whether all that is "fine".
+    """
+    number, seconds, wrong = str(processes - 1), None, None
+    with log.open("w+") as err:
         started = subprocess.Popen(
-            over_devices("minimax_jax", arguments, sizes, processes, cpu=cpu),
-            stdout=subprocess.PIPE,
-            stderr=err,
-            env=environment(),
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=err, env=environment()
         )
+        assert started.stdout is not None
         try:
-            assert started.stdout is not None
-            begun = started.stdout.read(1)  # tokens come
-            at = time.monotonic()
-            os.kill(process_of(started.pid, number), signal.SIGKILL)
-            started.communicate(timeout=KILL_LIMIT)
+            if not select.select([started.stdout], [], [], max(begin_s, 0))[0]:
+                wrong = f"no token in {begin_s:.0f} s"
+            elif not os.read(started.stdout.fileno(), 1):
+                wrong = "ended before the first token"
+            else:
+                killed = time.monotonic()
+                os.kill(process_of(started.pid, number), signal.SIGKILL)
+                started.communicate(timeout=end_s)
+                seconds = time.monotonic() - killed
+        except ProcessLookupError:
+            wrong = "ended before one was killed"
         except subprocess.TimeoutExpired:
-            pass
+            wrong = f"some were left {end_s:.0f} s after one was killed"
         finally:
-            if started.poll() is None:
-                started.send_signal(signal.SIGINT)
-                started.communicate()
-        seconds = time.monotonic() - at
+            end_launcher(started)
+            started.stdout.close()
         err.seek(0)
         named = f"process {number} of {processes}" in err.read()
-    return {"seconds": seconds, "named": named, "fine": bool(begun) and named and seconds < KILL_LIMIT}
+    fine = wrong is None and named
+    return {"seconds": seconds, "named": named, "wrong": wrong and f"{wrong}, see {log}", "fine": fine}
+
+
+def said_of(record: dict[str, Any]) -> str:
+    """What `kill_one` has found, in words."""
+    if record["wrong"]:
+        return record["wrong"]
+    return f"the others ended after {record['seconds']:.1f} s; named: {record['named']}"

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks.multi_gpu.collective_share import collective_share
-from benchmarks.multi_gpu.full_width import TINY, FullWidth
+from benchmarks.multi_gpu.full_width import TINY, Executables, FullWidth
 from benchmarks.multi_gpu.mesh_model import Case
 from benchmarks.multi_gpu.weights import MAKERS, layers_and_pages, model_config, rank_weight_bytes
 from minimax_jax.parallel import ParallelConfig, Ranks
@@ -95,6 +96,32 @@ def test_full_width_measures_a_small_model_both_ways():
     assert all(row["step_us"] > 0 for row in record["steps"])
     assert [row["past"] for row in record["segments"]] == [0, 64] and record["resize"]["recapture_ms"] > 0
     assert record["compiled"] > 2  # two whole steps, and segments
+    # with no time left: all that was wanted is named, and nothing is measured
+    steps, bench._deadline = len(saved), time.monotonic()
+    late = bench.run()
+    assert late["left_out"][0] == "steps: decode 8 after 40" and late["left_out"][-1] == "shared_out_index_keys"
+    assert len(late["steps"]) == 3 and len(saved) == steps + len(late["left_out"])
+
+
+class NeverCompiled:
+    """Instead of a MeshModel: a compiler that takes for ever, until it is let go."""
+
+    def __init__(self):
+        self.let_go = threading.Event()
+
+    def compiled(self, case):
+        self.let_go.wait()
+
+
+def test_nobody_waits_for_a_compiler_longer_than_there_is_time():
+    model, case, begun = NeverCompiled(), Case("decode", 8, 40), time.monotonic()
+    with Executables(model, lambda *_: None) as executables:
+        executables.begin([case])
+        for seconds in (0.2, -1.0):
+            with pytest.raises(TimeoutError):
+                executables.get(case, seconds)
+    assert time.monotonic() - begun < 5
+    model.let_go.set()
 
 
 def run(*arguments, timeout):
