@@ -24,8 +24,9 @@ subprocess.run([sys.executable, '-c', {WORKER!r}], stdin=subprocess.DEVNULL)
 """
 # as bench_multi_gpu.py does: starts parts, and ends them when it is interrupted
 PARENT = f"""
-import sys
+import signal, sys
 from benchmarks.multi_gpu.ending import end_group, interrupt_on_signals, start_group
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the suite itself may run under nohup
 interrupt_on_signals()
 child = start_group([sys.executable, '-c', {PART!r}])
 try:
