@@ -13,6 +13,12 @@ Experts: TypeAlias = Callable[
 ]  # rows, local expert ids, weights -> each row's weighted sum
 
 
+def local_expert_ids(expert_ids: Int[Array, "S k"], first: Int[Array, ""] | int, count: int) -> Int[Array, "S k"]:
+    """Ids of all ranks' experts as those of the rank that holds `count` from `first` on; others' become `count`."""
+    local = expert_ids - first
+    return jnp.where((local >= 0) & (local < count), local, count)
+
+
 class Comm:
     """The communication points of the model; this class is the one-device case, the identity at each.
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minimax_jax.model.comm import Experts
+from minimax_jax.model.comm import Experts, local_expert_ids
 from minimax_jax.parallel.config import EXPERTS, OUTER, REPLICA, REQUESTS, TOKENS, ParallelConfig
 from minimax_jax.parallel.expert_routes import summed, taken, token_routes
 from minimax_jax.parallel.ragged_exchange import ragged_exchange
@@ -71,8 +71,8 @@ class ExpertDispatch:
     def _local_ids(self, expert_ids: Int[Array, "S k"]) -> Int[Array, "S k"]:
         if not self._experts:
             return expert_ids
-        local = expert_ids - jax.lax.axis_index(self._experts) * self._experts_per_rank
-        return jnp.where((local >= 0) & (local < self._experts_per_rank), local, self._experts_per_rank)
+        first = jax.lax.axis_index(self._experts) * self._experts_per_rank
+        return local_expert_ids(expert_ids, first, self._experts_per_rank)
 
     def _by_all_to_all(
         self, experts: Experts, x: Float[Array, "t H"], all_ids: Int[Array, "n*t k"], all_weights: Float[Array, "n*t k"]

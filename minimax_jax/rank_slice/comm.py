@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minimax_jax.model.comm import Comm, Experts
+from minimax_jax.model.comm import Comm, Experts, local_expert_ids
 
 
 class SliceComm(Comm):
@@ -51,9 +51,8 @@ class SliceComm(Comm):
         shared: Callable[[Float[Array, "T H"]], Float[Array, "T H"]],
     ) -> Float[Array, "T H"]:
         """All tokens are here; ids of experts elsewhere become the number of experts here, which none has."""
-        local = expert_ids - self._expert_place * self._experts
-        held = (local >= 0) & (local < self._experts)
-        return experts(x, jnp.where(held, local, self._experts), weights) + shared(x)
+        local = local_expert_ids(expert_ids, self._expert_place * self._experts, self._experts)
+        return experts(x, local, weights) + shared(x)
 
 
 def _copied(x: Float[Array, "T H"]) -> Float[Array, "T H"]:

@@ -17,7 +17,7 @@ from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.model import abstract_model, split_model
 from minimax_jax.parallel import Layout
 from minimax_jax.tensor_table import MXFP8_BLOCK
-from minimax_kernels import Mxfp8
+from minimax_kernels import Mxfp8, choose_experts
 
 WEIGHTS = ("mxfp8", "bf16")
 ROUTINGS = ("uniform", "skewed")
@@ -85,8 +85,8 @@ def routing_load(
         hidden = jax.random.normal(jax.random.key(1), (tokens, config.hidden_size))
 
         def one(gate: tuple[jax.Array, jax.Array]) -> jax.Array:
-            scores = jax.nn.sigmoid(hidden @ gate[0]) + gate[1]
-            chosen = jax.lax.top_k(scores, config.num_experts_per_tok)[1]
+            weight, bias = gate
+            chosen, _ = choose_experts(hidden @ weight, bias, num_chosen=config.num_experts_per_tok, impl="reference")
             return jnp.bincount(chosen.reshape(-1), length=config.num_local_experts)
 
         return jax.lax.map(one, jax.tree.map(lambda *each: jnp.stack(each), *gates))  # compiled once for all layers
