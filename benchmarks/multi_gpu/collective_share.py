@@ -40,9 +40,9 @@ def collective_share(launches: Sequence[Launch]) -> dict[str, Any] | None:
         taken.append(sum(launch.length for launch in found))
         alone.append(whole.busy_us - (0.0 if rest is None else rest.busy_us))
         counts.append(len(found))
-    by_name: collections.Counter[str] = collections.Counter()
+    by_name: dict[str, float] = collections.defaultdict(float)
     for launch in next(iter(by_device.values())):
-        by_name[launch.name] += launch.length  # type: ignore[assignment]
+        by_name[launch.name] += launch.length
     span, collective = statistics.mean(spans), statistics.mean(taken)
     return {
         "span_us": span,
@@ -52,5 +52,5 @@ def collective_share(launches: Sequence[Launch]) -> dict[str, Any] | None:
         "alone_us": statistics.mean(alone),
         "share": collective / span if span else 0.0,
         "count": max(counts),
-        "kernels": dict(by_name.most_common(_SHOWN)),
+        "kernels": dict(sorted(by_name.items(), key=lambda item: -item[1])[:_SHOWN]),
     }
