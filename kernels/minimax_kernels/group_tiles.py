@@ -35,29 +35,16 @@ def num_group_tiles(num_rows: int, num_groups: int, tile: int, *, rest: bool) ->
     return (num_rows + groups * (tile - 1)) // tile
 
 
-def _tiles_of_groups(
-    sizes_ref: Any, *, tile: int, num_rows: int, num_groups: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(ids, rows, tiles) of each group, then of the rest."""
-    assert is_power_of_two(tile), tile
-    ids = jnp.arange(next_power_of_two(num_groups + 1), dtype=jnp.int32)
-    sizes = jnp.where(ids < num_groups, sizes_ref[jnp.minimum(ids, num_groups - 1)], 0)
-    sizes = jnp.where(ids == num_groups, num_rows - jnp.sum(sizes, dtype=jnp.int32), sizes)
-    return ids, sizes, lax.shift_right_arithmetic(sizes + (tile - 1), tile.bit_length() - 1)
-
-
-def count_group_tiles(sizes_ref: Any, *, tile: int, num_rows: int, num_groups: int, rest: bool) -> jax.Array:
-    """How many tiles there are, those of the rest only with `rest`."""
-    ids, _, tiles = _tiles_of_groups(sizes_ref, tile=tile, num_rows=num_rows, num_groups=num_groups)
-    return jnp.sum(jnp.where(ids < num_groups + rest, tiles, 0), dtype=jnp.int32)
-
-
 def locate_group(sizes_ref: Any, tile_id: jax.Array, *, tile: int, num_rows: int, num_groups: int) -> GroupTile:
     """Finds tile `tile_id` when each group's rows, then the rest up to `num_rows`, are cut into tiles of `tile` rows.
 
     One vector load and two prefix sums: no table made beforehand, hence no launch before the kernel.
     """
-    ids, sizes, tiles = _tiles_of_groups(sizes_ref, tile=tile, num_rows=num_rows, num_groups=num_groups)
+    assert is_power_of_two(tile), tile
+    ids = jnp.arange(next_power_of_two(num_groups + 1), dtype=jnp.int32)
+    sizes = jnp.where(ids < num_groups, sizes_ref[jnp.minimum(ids, num_groups - 1)], 0)
+    sizes = jnp.where(ids == num_groups, num_rows - jnp.sum(sizes, dtype=jnp.int32), sizes)
+    tiles = lax.shift_right_arithmetic(sizes + (tile - 1), tile.bit_length() - 1)
     before = jnp.cumsum(tiles, dtype=jnp.int32) <= tile_id
     group = jnp.minimum(jnp.sum(before, dtype=jnp.int32), num_groups)
 

@@ -11,6 +11,8 @@ from minimax_kernels.triton_call import Launch, ceil_div, next_power_of_two
 LEAST_COLUMNS = 16  # of a tile, as the matrix instructions have them
 FEW_ROWS = 64  # rows up to which a product is bound by reading its weight
 MOST_BLOCK_K = 128
+MANY_INPUTS = 2048
+LEAST_ROWS = 64  # of a tile of MXFP8: with fewer, its bytes would reach the matrix units one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +24,7 @@ class MatmulLaunch:
       block_n: columns of a program, a power of two that divides the weight's.
       block_k: inputs of a step, a multiple of 32 that divides the weight's.
       splits: programs that share the inputs of one tile; their partial sums are added up afterwards.
+      ahead: weights become bfloat16 a step before they are multiplied.
     """
 
     block_m: int
@@ -29,6 +32,7 @@ class MatmulLaunch:
     block_k: int
     splits: int
     launch: Launch
+    ahead: bool = False
 
 
 def measured_launch(
@@ -43,7 +47,7 @@ def measured_launch(
     found = PRODUCTS.get((kind, weight, num_groups, in_features, out_features, next_power_of_two(num_rows)))
     if found is None or column_divisor % found[1]:
         return None
-    return MatmulLaunch(*found[:4], Launch(*found[4:]))
+    return MatmulLaunch(*found[:4], Launch(*found[4:6]), ahead=bool(found[6]))
 
 
 def largest_divisor(size: int, most: int) -> int:
@@ -65,19 +69,21 @@ def matmul_launch(
     if measured is not None:
         return measured
     if num_rows <= FEW_ROWS:
-        block_m = max(next_power_of_two(num_rows), 16)
         block_n = largest_divisor(column_divisor, 64)
         if out_features < NUM_SMS * block_n <= 2 * out_features:  # narrower tiles fill the device without splits
             block_n = max(block_n // 2, LEAST_COLUMNS)
-        block_k = largest_divisor(in_features, MOST_BLOCK_K)
+        block_k = largest_divisor(in_features, 64 if quantized and in_features >= MANY_INPUTS else MOST_BLOCK_K)
         programs = out_features // block_n
         splits = _splits(programs, 3 * NUM_SMS, in_features // block_k) if programs < NUM_SMS else 1
+        if quantized:
+            return MatmulLaunch(LEAST_ROWS, block_n, block_k, splits, Launch(4, 4 if block_k <= 64 else 3))
+        block_m = max(next_power_of_two(num_rows), 16)
         return MatmulLaunch(block_m, block_n, block_k, splits, Launch(4, 4 if block_m <= 32 else 3))
     block_m, block_n = (128 if num_rows > 256 else 64), largest_divisor(column_divisor, 128)
     block_k = largest_divisor(in_features, 64)
     programs = ceil_div(num_rows, block_m) * (out_features // block_n)
     splits = _splits(programs, 2 * NUM_SMS, in_features // (2 * block_k)) if programs < NUM_SMS else 1
-    return MatmulLaunch(block_m, block_n, block_k, splits, Launch(4, 3))
+    return MatmulLaunch(block_m, block_n, block_k, splits, Launch(4, 3), ahead=quantized)
 
 
 def group_launch(
@@ -94,7 +100,7 @@ def group_launch(
     """For rows that groups share evenly, as far as is known before they are counted.
 
     Args:
-      joined: a program takes block_n columns of each of two halves.
+      joined: a program takes block_n columns of each of two halves; with splits, which cannot join, of the whole.
       quantized: whether the weights are MXFP8.
       all_rows: rows that there is room for, `num_rows` if None; every split writes its sums of all of them.
     """
@@ -103,15 +109,16 @@ def group_launch(
     measured = measured_launch(kind, quantized, num_groups, num_rows, in_features, column_divisor, out_features)
     if measured is not None:
         return measured
-    block_k = largest_divisor(in_features, MOST_BLOCK_K if mean_rows <= FEW_ROWS else 64)
-    block_n = largest_divisor(column_divisor, (64 if mean_rows <= 16 else 128) // (2 if joined else 1))
+    halves = 2 if joined else 1
+    block_k, block_n = largest_divisor(in_features, 64), largest_divisor(column_divisor, 128 // halves)
     if mean_rows > FEW_ROWS:
         return MatmulLaunch(128 if mean_rows > 128 else 64, block_n, block_k, 1, Launch(4, 3))
-    block_m = max(next_power_of_two(mean_rows), 16)
-    programs = min(num_rows, num_groups) * (out_features // block_n)
-    may_split = (num_rows if all_rows is None else all_rows) <= FEW_ROWS and programs < NUM_SMS
-    splits = _splits(programs, 3 * NUM_SMS, in_features // block_k) if may_split else 1
-    return MatmulLaunch(block_m, block_n, block_k, splits, Launch(4, 4 if block_m <= 32 else 3))
+    programs = min(num_rows, num_groups) * (out_features // halves // block_n)
+    if (num_rows if all_rows is None else all_rows) <= FEW_ROWS and programs < 2 * NUM_SMS:
+        splits = min(_splits(programs, 8 * NUM_SMS, in_features // block_k), 8)
+        if splits > 1:
+            return MatmulLaunch(LEAST_ROWS, block_n * halves, block_k, splits, Launch(4, 3))
+    return MatmulLaunch(LEAST_ROWS, block_n, block_k, 1, Launch(4, 3))
 
 
 def _splits(programs: int, wanted: int, most: int) -> int:

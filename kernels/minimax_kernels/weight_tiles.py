@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from minimax_kernels.mxfp8 import BLOCK, Mxfp8
@@ -35,19 +34,19 @@ class WeightTiles:
         """K."""
         return self.refs[0].shape[-2]
 
-    def _load(self, ref: Any, row: jax.Array, rows: int, column: jax.Array, columns: int) -> jax.Array:
-        at = (pl.ds(row, rows), pl.ds(column, columns))
+    def _load(self, ref: Any, row: jax.Array, rows: int, columns: jax.Array) -> jax.Array:
+        at = ((row + jnp.arange(rows, dtype=jnp.int32))[:, None], columns[None, :])
         return ref[at] if self.lead is None else ref[(self.lead, *at)]
 
-    def values(self, k: jax.Array, size: int, column: jax.Array, columns: int) -> jax.Array:
-        """Rows k on, as they are stored."""
-        return self._load(self.refs[0], k, size, column, columns)
+    def values(self, k: jax.Array, size: int, columns: jax.Array) -> jax.Array:
+        """[size, len(columns)] of rows k on, as they are stored."""
+        return self._load(self.refs[0], k, size, columns)
 
-    def scales(self, k: jax.Array, size: int, column: jax.Array, columns: int) -> tuple[jax.Array, ...]:
+    def scales(self, k: jax.Array, size: int, columns: jax.Array) -> tuple[jax.Array, ...]:
         """Of rows k on; empty for a weight without."""
         if len(self.refs) == 1:
             return ()
-        return (self._load(self.refs[1], lax.div(k, BLOCK), size // BLOCK, column, columns),)
+        return (self._load(self.refs[1], lax.div(k, BLOCK), size // BLOCK, columns),)
 
 
 def weight_refs(weight: Weight) -> tuple[jax.Array, ...]:
@@ -58,42 +57,54 @@ def weight_refs(weight: Weight) -> tuple[jax.Array, ...]:
 def multiply_tile(
     rows_at: Callable[[jax.Array], jax.Array],
     weight: WeightTiles,
-    columns: tuple[jax.Array, ...],
+    columns: jax.Array,
     *,
     num_rows: int,
-    block_n: int,
     block_k: int,
     begin: jax.Array | int,
     stop: jax.Array | int,
+    ahead: bool,
     interpret: bool,
-) -> tuple[jax.Array, ...]:
-    """float32 [num_rows, block_n] products with the columns from each of `columns` on, over a range of inputs.
+) -> jax.Array:
+    """float32 [num_rows, len(columns)] products with these columns, over a range of inputs.
 
     Args:
       rows_at: k -> [num_rows, block_k], the rows' inputs from k on.
       begin, stop: the range, in steps of block_k inputs.
+      ahead: a step multiplies the tile that the step before has made bfloat16, whose bytes the one before that has
+        loaded into registers: two steps' work at a time, less shared memory, more registers.
     """
+    last = weight.in_features // block_k - 1
 
-    def scales(step: jax.Array) -> tuple[tuple[jax.Array, ...], ...]:
-        k = jnp.minimum(step, weight.in_features // block_k - 1) * block_k
-        return tuple(weight.scales(k, block_k, column, block_n) for column in columns)
+    def scales(i: jax.Array) -> tuple[jax.Array, ...]:
+        return weight.scales(jnp.minimum(i, last) * block_k, block_k, columns)
+
+    def values(i: jax.Array) -> jax.Array:
+        return weight.values(i * block_k, block_k, columns)
+
+    def whole(tile: jax.Array, scale: tuple[jax.Array, ...]) -> jax.Array:
+        return dequantize_tile(tile, *scale, interpret=interpret) if scale else tile
+
+    def add_product(total: jax.Array, i: jax.Array, w: jax.Array) -> jax.Array:
+        x = rows_at(i * block_k)
+        if interpret:  # its dot takes no mixed types, and the CPU's has bfloat16 sums
+            x, w = x.astype(jnp.float32), w.astype(jnp.float32)
+        return total + lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
     def step(i: jax.Array, carry: Any) -> Any:
-        sums, current = carry
+        total, scale = carry
         # a few bytes a thread, which asynchronous copies do not take: loaded a step ahead
         following = scales(i + 1)
-        x = rows_at(i * block_k)
-        added = []
-        for column, total, scale in zip(columns, sums, current, strict=True):
-            w = weight.values(i * block_k, block_k, column, block_n)
-            if scale:
-                w = dequantize_tile(w, scale[0], interpret=interpret)
-            if interpret:  # its dot takes no mixed types, and the CPU's has bfloat16 sums
-                x, w = x.astype(jnp.float32), w.astype(jnp.float32)
-            product = lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-            added.append(total + product)
-        return tuple(added), following
+        return add_product(total, i, whole(values(i), scale)), following
 
-    zeros = tuple(jnp.zeros((num_rows, block_n), jnp.float32) for _ in columns)
-    sums, _ = lax.fori_loop(begin, stop, step, (zeros, scales(jnp.int32(begin))))
-    return sums
+    def step_ahead(i: jax.Array, carry: Any) -> Any:
+        total, w, tile, scale = carry
+        following = values(jnp.minimum(i + 2, last)), scales(i + 2)
+        return add_product(total, i, w), whole(tile, scale), *following
+
+    total, first = jnp.zeros((num_rows, columns.shape[0]), jnp.float32), jnp.int32(begin)
+    if not ahead:
+        return lax.fori_loop(begin, stop, step, (total, scales(first)))[0]
+    second = jnp.minimum(first + 1, last)
+    start = total, whole(values(first), scales(first)), values(second), scales(second)
+    return lax.fori_loop(begin, stop, step_ahead, start)[0]

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from minimax_kernels.group_tiles import GroupTile, count_group_tiles, locate_group, num_group_tiles
+from minimax_kernels.group_tiles import locate_group, num_group_tiles
 from minimax_kernels.matmul_launches import MatmulLaunch, group_launch, largest_divisor
 from minimax_kernels.mxfp8 import Mxfp8
 from minimax_kernels.swiglu import Swiglu
@@ -52,7 +52,6 @@ def multiply_groups(
     source: Int[Array, "T"] | None = None,
     activation: Swiglu | None = None,
     zero_rest: bool = False,
-    expected_rows: int | None = None,
 ) -> Float[Array, "T N"] | Float[Array, "splits T N"]:
     """The kernel.
 
@@ -60,7 +59,6 @@ def multiply_groups(
       source: row of x for each sorted row; None if x's rows are sorted themselves.
       activation: with w [E, K, 2 * N] of [gate | up], joins the halves; only without splits.
       zero_rest: rows past the last group's become zeros; else they are not written.
-      expected_rows: rows that groups will have in all, by a guess; with more, programs take several tiles each.
 
     Returns:
       x's type; or, with splits, float32 partial sums, of w's full width.
@@ -72,13 +70,11 @@ def multiply_groups(
     out_features = width // 2 if joined else width
     shape = (num_rows, out_features)
     assert num_rows > 0
-    tiles = most_tiles = num_group_tiles(num_rows, num_groups, launch.block_m, rest=zero_rest)
-    if expected_rows is not None:  # a program without a tile takes a microsecond to find that out
-        tiles = min(num_group_tiles(expected_rows + expected_rows // 8, num_groups, launch.block_m, rest=False), tiles)
+    tiles = num_group_tiles(num_rows, num_groups, launch.block_m, rest=zero_rest)
     return triton_call(
         functools.partial(
             _group_kernel, quantized=isinstance(w, Mxfp8), gather=source is not None, activation=activation,
-            zero_rest=zero_rest, one_tile=tiles == most_tiles, launch=launch, num_rows=num_rows,
+            zero_rest=zero_rest, launch=launch, num_rows=num_rows,
             steps=in_features // launch.block_k, interpret=interpret,
         ),
         [x, *weight_refs(w), group_sizes, *([] if source is None else [source])],
@@ -93,22 +89,24 @@ def multiply_groups(
 
 
 def _group_kernel(
-    x_ref: Any, *refs: Any, quantized: bool, gather: bool, activation: Swiglu | None, zero_rest: bool, one_tile: bool,
+    x_ref: Any, *refs: Any, quantized: bool, gather: bool, activation: Swiglu | None, zero_rest: bool,
     launch: MatmulLaunch, num_rows: int, steps: int, interpret: bool,
 ) -> None:  # fmt: skip
     weight, (sizes_ref, *sources, out_ref) = refs[: 1 + quantized], refs[1 + quantized :]
     num_groups, _, width = weight[0].shape
-    find: dict[str, int] = {"tile": launch.block_m, "num_rows": num_rows, "num_groups": num_groups}
     column, split = pl.program_id(0) * launch.block_n, pl.program_id(2)
     per_split = ceil_div(steps, launch.splits)
 
-    def rows_of(tile: GroupTile, size: int) -> tuple[jax.Array, jax.Array]:
-        """(sorted rows, which of them are there) of a tile's first `size` rows."""
+    # a loop over tiles in place of a program each costs registers, hence half of the programs at a time
+    tile = locate_group(sizes_ref, pl.program_id(1), tile=launch.block_m, num_rows=num_rows, num_groups=num_groups)
+
+    def rows_of(size: int) -> tuple[jax.Array, jax.Array]:
+        """(sorted rows, which of them are there) of the tile's first `size` rows."""
         offset = jnp.arange(size, dtype=jnp.int32)
         return tile.first_row + offset, offset < tile.num_rows
 
-    def store(tile: GroupTile, result: jax.Array) -> None:
-        row, live = rows_of(tile, result.shape[0])
+    def store(result: jax.Array) -> None:
+        row, live = rows_of(result.shape[0])
         columns = column + jnp.arange(launch.block_n, dtype=jnp.int32)
         to = (jnp.where(live, row, num_rows)[:, None], columns[None, :])
         plgpu.store(
@@ -117,44 +115,42 @@ def _group_kernel(
             mask=jnp.broadcast_to(live[:, None], result.shape),
         )
 
-    def multiply(tile: GroupTile, size: int) -> None:
-        row, live = rows_of(tile, size)
-        at = jnp.where(live, row, tile.first_row)  # a row that is not there reads one that is
+    def multiply(size: int) -> None:
+        row, live = rows_of(size)
+        at = jnp.where(live, row, tile.first_row)
         at = sources[0][at] if gather else at
         inputs = jnp.arange(launch.block_k, dtype=jnp.int32)
-        sums = multiply_tile(
-            lambda k: x_ref[at[:, None], (k + inputs)[None, :]],
+        there = jnp.broadcast_to(live[:, None], (size, launch.block_k))  # rows that are not there take no traffic
+        offset = jnp.arange(launch.block_n * (2 if activation else 1), dtype=jnp.int32)
+        # of [gate | up] the same columns of each
+        columns = column + offset + lax.div(offset, launch.block_n) * (width // 2 - launch.block_n)
+        total = multiply_tile(
+            lambda k: plgpu.load(x_ref.at[at[:, None], (k + inputs)[None, :]], mask=there, other=0.0),
             WeightTiles(weight, tile.group),
-            (column,) if activation is None else (column, column + width // 2),
-            num_rows=size, block_n=launch.block_n, block_k=launch.block_k,
-            begin=split * per_split, stop=jnp.minimum((split + 1) * per_split, steps), interpret=interpret,
+            columns,
+            num_rows=size, block_k=launch.block_k, begin=split * per_split,
+            stop=jnp.minimum((split + 1) * per_split, steps), ahead=launch.ahead, interpret=interpret,
         )  # fmt: skip
         if activation is None:
-            store(tile, sums[0])
+            store(total)
         else:  # of what the product alone would have given, in the type of the rows
-            store(tile, activation(*(total.astype(x_ref.dtype) for total in sums)))
+            store(activation(*_cut_in_two(total.astype(x_ref.dtype))))
 
-    def run(tile_id: jax.Array) -> None:
-        tile = locate_group(sizes_ref, tile_id, **find)
-        in_group = (tile.num_rows > 0) & (tile.group < num_groups)
-        half = launch.block_m // 2
-        if half >= LEAST_HALF_TILE:  # the last tile of a group is half empty on average
-            pl.when(in_group & (tile.num_rows > half))(functools.partial(multiply, tile, launch.block_m))
-            pl.when(in_group & (tile.num_rows <= half))(functools.partial(multiply, tile, half))
-        else:
-            pl.when(in_group)(functools.partial(multiply, tile, launch.block_m))
-        if zero_rest:
-            zeros = jnp.zeros((launch.block_m, launch.block_n), jnp.float32)
-            pl.when((tile.num_rows > 0) & (tile.group == num_groups))(functools.partial(store, tile, zeros))
-
-    if one_tile:
-        run(pl.program_id(1))
+    in_group = (tile.num_rows > 0) & (tile.group < num_groups)
+    half = launch.block_m // 2
+    if half >= LEAST_HALF_TILE:  # the last tile of a group is half empty on average
+        pl.when(in_group & (tile.num_rows > half))(functools.partial(multiply, launch.block_m))
+        pl.when(in_group & (tile.num_rows <= half))(functools.partial(multiply, half))
     else:
-        count = count_group_tiles(sizes_ref, **find, rest=zero_rest)
-        first, step = pl.program_id(1), pl.num_programs(1)
+        pl.when(in_group)(functools.partial(multiply, launch.block_m))
+    if zero_rest:
+        zeros = jnp.zeros((launch.block_m, launch.block_n), jnp.float32)
+        pl.when((tile.num_rows > 0) & (tile.group == num_groups))(functools.partial(store, zeros))
 
-        def run_next(i: jax.Array, carry: Any) -> Any:
-            run(first + i * step)
-            return carry
 
-        lax.fori_loop(0, lax.div(count - first + step - 1, step), run_next, None)
+def _cut_in_two(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The halves of [rows, 2 * columns], by sums that have one term, as tiles cannot be sliced."""
+    parts = x.reshape(x.shape[0], 2, x.shape[1] // 2)
+    second = lax.broadcasted_iota(jnp.int32, parts.shape, 1) == 1
+    zeros = jnp.zeros_like(parts)
+    return jnp.where(second, zeros, parts).sum(axis=1), jnp.where(second, parts, zeros).sum(axis=1)

@@ -87,23 +87,27 @@ def _matmul_kernel(
     num_rows = x_ref.shape[0]
     column_tile, row_tile, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     row = row_tile * launch.block_m + jnp.arange(launch.block_m, dtype=jnp.int32)
-    read_row = jnp.minimum(row, num_rows - 1)
+    at_row = jnp.minimum(row, num_rows - 1)[:, None]
     per_split = ceil_div(steps, launch.splits)
     begin = split * per_split
 
     def rows_at(k: jax.Array) -> jax.Array:
-        return x_ref[read_row[:, None], (k + jnp.arange(launch.block_k, dtype=jnp.int32))[None, :]]
+        at = x_ref.at[at_row, (k + jnp.arange(launch.block_k, dtype=jnp.int32))[None, :]]
+        if num_rows >= launch.block_m:
+            return plgpu.load(at)
+        inside = jnp.broadcast_to(row[:, None] < num_rows, (launch.block_m, launch.block_k))
+        return plgpu.load(at, mask=inside, other=0.0)  # rows that are not there take no memory traffic
 
     def multiply(i: int) -> None:
         out_ref, begin_column = refs[firsts[-1] + i], column_tile * launch.block_n - ends[i]
-        (result,) = multiply_tile(
+        column = begin_column + jnp.arange(launch.block_n, dtype=jnp.int32)
+        result = multiply_tile(
             rows_at,
             WeightTiles(refs[firsts[i] : firsts[i + 1]]),
-            (begin_column,),
-            num_rows=launch.block_m, block_n=launch.block_n, block_k=launch.block_k,
-            begin=begin, stop=jnp.minimum(begin + per_split, steps), interpret=interpret,
+            column,
+            num_rows=launch.block_m, block_k=launch.block_k,
+            begin=begin, stop=jnp.minimum(begin + per_split, steps), ahead=launch.ahead, interpret=interpret,
         )  # fmt: skip
-        column = begin_column + jnp.arange(launch.block_n, dtype=jnp.int32)
         to_row = jnp.where(row < num_rows, row, num_rows)
         to = (to_row[:, None], column[None, :])
         plgpu.store(

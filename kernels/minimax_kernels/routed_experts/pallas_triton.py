@@ -46,20 +46,19 @@ def routed_experts(
     else:
         pairs = sort_pairs(expert_ids, local)
     rows_here = num_rows if num_experts is None else min(max(num_rows * local // num_experts, 1), num_rows)
-    options: dict[str, Any] = {"expected_rows": rows_here, "interpret": interpret}
     half = largest_divisor(width // 2, 1 << 30)
     sizes: dict[str, Any] = {"all_rows": num_rows, "quantized": isinstance(gate_up, Mxfp8)}
     launch = group_launch(rows_here, local, hidden, half, width, joined=True, **sizes)
     joined = launch.splits == 1
     gated = multiply_groups(
         x, gate_up, pairs.group_sizes, source=pairs.source, activation=activation if joined else None,
-        launch=launch, **options,
+        launch=launch, interpret=interpret,
     )  # fmt: skip
     if not joined:
         gated = activation.halves(gated.sum(axis=0).astype(x.dtype))
     sizes["quantized"] = isinstance(down, Mxfp8)
     launch = group_launch(rows_here, local, down.shape[1], hidden, hidden, **sizes)
-    rows = multiply_groups(gated, down, pairs.group_sizes, launch=launch, **options)
+    rows = multiply_groups(gated, down, pairs.group_sizes, launch=launch, interpret=interpret)
     if launch.splits == 1:
         rows = rows[None]
     return combine_rows(rows, pairs.place, weights, pairs.group_sizes, dtype=x.dtype, interpret=interpret)
