@@ -3,7 +3,7 @@
 Few rows split the inputs over programs, so that all memory is read at once. An MXFP8 weight's bytes go from memory to
 shared memory to registers, become bfloat16 there and meet the rows in the matrix units. With one split a program
 writes its tile; with several they write float32 partial sums. XLA adds them up inside whatever reads the result; those
-of several weights are a launch of their own.
+of several weights are a launch of their own. Thousands of rows take wide weights by slabs (`slabs.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from minimax_kernels.matmul.slabs import multiply_by_slabs, takes_slabs
 from minimax_kernels.matmul.sum_splits import sum_splits
 from minimax_kernels.matmul_launches import FEW_ROWS, MatmulLaunch, largest_divisor, matmul_launch
 from minimax_kernels.mxfp8 import Mxfp8
@@ -41,6 +42,8 @@ def matmul(
         raise NotImplementedError("pallas_triton: one array, or arrays and many rows, which XLA multiplies best")
     for weight in weights:
         require_weight(x, weight, interpret=interpret)
+    if launch is None and any(takes_slabs(x.shape[0], weight) for weight in weights):
+        return _some_by_slabs(x, weights, dtype, interpret)
     num_rows, in_features = x.shape
     widths = [weight.shape[1] for weight in weights]
     divisor = min(largest_divisor(width, 1 << 30) for width in widths)
@@ -71,6 +74,21 @@ def matmul(
     if split and len(results) > 1:
         return sum_splits(results, dtype=dtype, interpret=interpret)
     return tuple(result.sum(axis=0).astype(dtype) for result in results) if split else results
+
+
+def _some_by_slabs(
+    x: Float[Array, "T K"], weights: Sequence[Weight], dtype: DTypeLike, interpret: bool
+) -> tuple[Float[Array, "T N"], ...]:
+    """Wide weights by slabs, the others together in one launch."""
+    wide = [takes_slabs(x.shape[0], weight) for weight in weights]
+    rest = [weight for weight, alone in zip(weights, wide, strict=True) if not alone]
+    others = iter(matmul(x, rest, dtype=dtype, interpret=interpret) if rest else ())
+    return tuple(
+        multiply_by_slabs(x, weight, dtype=dtype, interpret=interpret)
+        if alone and isinstance(weight, Mxfp8)
+        else next(others)
+        for weight, alone in zip(weights, wide, strict=True)
+    )
 
 
 def left_to_xla(x: jax.Array, weights: Sequence[Weight]) -> bool:
