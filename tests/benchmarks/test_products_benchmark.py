@@ -9,10 +9,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
 
 from benchmarks.floors import Ceilings
 from benchmarks.products import checks, run
 from benchmarks.products.cases import LOCAL, Case, all_cases, candidates
+from benchmarks.products.errors import ROUNDING, measure_errors
 from benchmarks.products.run import run_cases
 from minimax_kernels.matmul_launches import matmul_launch
 
@@ -86,6 +90,38 @@ def test_checks_of_a_layers_other_kernels_notice_what_is_wrong(monkeypatch):
     monkeypatch.setattr(checks, "_run", spoiled)
     assert checks._bytes("pallas_triton_interpret", 64) and checks._choose("pallas_triton_interpret", 1)
     assert checks._add_norm("pallas_triton_interpret", 16)
+
+
+def test_bytes_are_judged_by_the_exact_answer():
+    """On an H100 82 bytes differed under a measure that took XLA's reference for the truth: it had not rounded."""
+    data = np.array([b for b in range(256) if b & 0x7F != 0x7F], np.uint8)
+    data, scales = np.tile(data, 255), np.repeat(np.arange(255, dtype=np.uint8), data.size)
+    exact = checks.exact_bytes(data, scales)
+    product = np.ldexp(data.view(ml_dtypes.float8_e4m3fn).astype(np.float64), scales.astype(int) - 127)
+    unrounded = np.where(np.isinf(exact), exact, product).astype(np.float32)
+    subnormal = np.abs(unrounded) < np.finfo(np.float32).tiny
+    assert ((unrounded != exact) & (~subnormal | (exact != 0))).sum() == 82
+    assert not checks.wrong_bytes(exact, data, scales, flushes=False).any()
+    assert checks.wrong_bytes(unrounded, data, scales, flushes=False).sum() == 96
+    flushed = np.where(np.abs(exact) < np.finfo(np.float32).tiny, 0, exact)
+    assert checks.wrong_bytes(flushed, data, scales, flushes=False).any()
+    assert not checks.wrong_bytes(flushed, data, scales, flushes=True).any()
+    assert checks.wrong_bytes(np.nextafter(exact, 1), data, scales, flushes=True).any()
+
+
+def test_errors_pass_as_many_roundings_and_notice_more():
+    truth = jax.random.normal(jax.random.key(0), (32, 256))
+    rounded = truth.astype(jnp.bfloat16)
+    reference = measure_errors(rounded, truth)
+    assert reference.rms == pytest.approx(reference.rounding) and 0 < reference.largest <= ROUNDING
+    twice = ((1.3 * truth).astype(jnp.bfloat16).astype(jnp.float32) / 1.3).astype(jnp.bfloat16)
+    assert not measure_errors(twice, truth).excess(reference)
+    coarse = jax.lax.reduce_precision(truth, 8, 6)  # one bit less
+    assert "rms" in measure_errors(coarse, truth).excess(reference)
+    for wrong in (rounded.at[3, 5].add(0.05), rounded.at[3, 5].set(jnp.nan)):
+        found = measure_errors(wrong, truth)
+        assert found.largest > 2 * reference.largest + ROUNDING and found.excess(reference)
+        assert measure_errors(wrong, truth, live=3).excess(reference) == ""
 
 
 def test_no_case_begins_after_the_deadline():
