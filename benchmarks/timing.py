@@ -90,16 +90,18 @@ def compile_calls(
     """
     struct = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (tuple(args),) * calls)
     options = compiler_options(rounds)
+    # traced and lowered once for all calls; XLA inlines what calls it, and has separate calls again
+    call = jax.jit(function)
 
     def separate(sets):
         def once(i, _):
             # depends on the round, so that the calls cannot be taken out of the loop; costs no kernel
             tied = [(*jax.lax.optimization_barrier((own[0], i))[:1], *own[1:]) for own in sets] if rounds > 1 else sets
-            return [function(*own) for own in tied]
+            return [call(*own) for own in tied]
 
         if rounds == 1:
             return once(0, None)
-        shapes = [jax.eval_shape(function, *own) for own in sets]
+        shapes = [jax.eval_shape(call, *own) for own in sets]
         empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.fori_loop(0, rounds, once, empty)
 
@@ -109,7 +111,7 @@ def compile_calls(
     def chained(sets, out):
         def once(_, out):
             for own in sets:
-                out = function(*own, out=out)
+                out = call(*own, out=out)
             return out
 
         return once(0, out) if rounds == 1 else jax.lax.fori_loop(0, rounds, once, out)

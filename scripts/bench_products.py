@@ -8,9 +8,10 @@
 Shapes of one TP8 and EP8 rank of MiniMax-M3: QKV and index projections in one launch, output projection, shared and
 dense MLP, and the rank's 16 experts with rows as random routing deals them. First every e4m3 byte under every scale,
 and the whole of routed_experts, add_norm and choose_experts, are compared with the references. Each candidate launch is
-compared with dequantising and multiplying in XLA, then timed over more inputs than a cache holds. Floors are bytes over
-the measured copy bandwidth and FLOPs over the measured bf16 matmul rate. Writes products.json and measured_products.py
-to --out. Exit status: 0, or 1 when a case is wrong, refused by all launches or left out.
+compared with the reference in float32, by the error that bfloat16 itself has there, and timed over more inputs than a
+cache holds, after everything is compiled. Floors are bytes over the measured copy bandwidth and FLOPs over the measured
+bf16 matmul rate. Writes products.json and measured_products.py to --out, anew after every case. Exit status: 0, or 1
+when a case is wrong, refused by all launches or left out.
 """
 
 from __future__ import annotations
@@ -43,10 +44,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, default=Path("products"), help="directory for the results (default: products)")
-    add("--tokens", default=",".join(map(str, TOKENS)), help="of a step, comma-separated (default: %(default)s)")
+    add(
+        "--tokens",
+        default=",".join(map(str, TOKENS)),
+        help="of a step, comma-separated, in this order (default: %(default)s)",
+    )
     add("--bf16", action="store_true", help="experts with bfloat16 weights too (default: off)")
     add("--quick", action="store_true", help="the formula's or table's own launch only (default: all candidates)")
-    add("--limit-s", type=float, default=240, help="begin no case after so many seconds (default: 240)")
+    add(
+        "--limit-s",
+        type=float,
+        default=240,
+        help="begin no case after so many seconds; half of them may compile (default: 240)",
+    )
     add("--write", action="store_true", help="put what was measured into the package's table (default: off)")
     add("--interpret", action="store_true", help="in Pallas's interpreter (a try without a GPU)")
     add("--shrink", type=int, default=1, help="divide all widths (a try without a GPU; default: 1)")
@@ -64,19 +74,20 @@ def main() -> int:
     say(f"copy {ceilings.copy_bytes_per_s / 1e9:.0f} GB/s, matmul {ceilings.matmul_flop_per_s / 1e12:.0f} TFLOP/s")
     cases = all_cases(tokens, bf16=args.bf16, shrink=args.shrink)
     failures = check_layer_ops("pallas_triton_interpret" if args.interpret else "pallas_triton", args.shrink, say)
-    best, rows = run_cases(cases, ceilings, START + args.limit_s, say, interpret=args.interpret, quick=args.quick)
     args.out.mkdir(parents=True, exist_ok=True)
-    record = {
-        "machine": describe_machine(),
-        "ceilings": dataclasses.asdict(ceilings),
-        "failed_checks": failures,
-        "rows": [dataclasses.asdict(row) for row in rows],
-    }
-    (args.out / "products.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    text = table_text({**PRODUCTS, **best})
-    (args.out / TABLE.name).write_text(text, encoding="utf-8")
+    record = {"machine": describe_machine(), "ceilings": dataclasses.asdict(ceilings), "failed_checks": failures}
+
+    def save(best: dict, rows: list) -> None:
+        text = json.dumps({**record, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1) + "\n"
+        replace_file(args.out / "products.json", text)
+        replace_file(args.out / TABLE.name, table_text({**PRODUCTS, **best}))
+
+    save({}, [])
+    best, rows = run_cases(
+        cases, ceilings, START + args.limit_s, say, save=save, interpret=args.interpret, quick=args.quick
+    )  # fmt: skip
     if args.write:
-        (ROOT / TABLE).write_text(text, encoding="utf-8")
+        replace_file(ROOT / TABLE, table_text({**PRODUCTS, **best}))
     wrong = sorted({f"{row.case}, {row.launch}: {row.refused}" for row in rows if row.refused.startswith("wrong")})
     for line in (*failures, *wrong):
         say(line)
@@ -84,6 +95,13 @@ def main() -> int:
     return (
         0 if not wrong and not failures and len({row.case for row in rows if row.us is not None}) == len(cases) else 1
     )
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file that is whole at any time."""
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def table_text(products: dict) -> str:
@@ -94,7 +112,7 @@ def table_text(products: dict) -> str:
     latest = f"Latest on {about['device']}, driver {about['driver']}, jax {about['jax']}, {about['date']}."
     return (
         f'"""{head}\n\n{latest}\n"""\n\n'
-        "Table = dict[tuple[str, str, int, int, int, int], tuple[int, int, int, int, int, int]]\n\n"
+        "Table = dict[tuple[str, str, int, int, int, int], tuple[int, int, int, int, int, int, int]]\n\n"
         f"PRODUCTS: Table = {{\n{lines}}}\n"
     )
 

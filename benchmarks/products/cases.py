@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from benchmarks.floors import BF16, Work
-from minimax_kernels.matmul_launches import MatmulLaunch, group_launch, largest_divisor, matmul_launch
+from minimax_kernels.matmul_launches import FEW_ROWS, MatmulLaunch, group_launch, largest_divisor, matmul_launch
 from minimax_kernels.triton_call import Launch
 
 HIDDEN, EXPERT_WIDTH, RANKS, EXPERTS, PER_TOKEN = 6144, 3072, 8, 128, 4
@@ -20,7 +20,7 @@ WEIGHTS = {  # inputs, widths of what one launch multiplies
     "dense_down": (1536, (HIDDEN,)),
 }
 GROUPS = {"gate_up": (HIDDEN, 2 * EXPERT_WIDTH), "down": (EXPERT_WIDTH, HIDDEN)}
-TOKENS = (1, 8, 32, 64, 1024, 8192)
+TOKENS = (1, 64, 8192, 32, 8, 1024)  # the most telling first, as a limit of time leaves out the last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +100,9 @@ class Case:
 
 
 def all_cases(tokens: tuple[int, ...] = TOKENS, *, bf16: bool = False, shrink: int = 1) -> list[Case]:
-    """Linears and experts, most tokens first."""
+    """Linears and experts, in the order of `tokens`."""
     found = []
-    for count in sorted(tokens, reverse=True):
+    for count in tokens:
         found += [Case("matmul", name, count, shrink=shrink) for name in WEIGHTS]
         for weights in ("mxfp8", "bf16") if bf16 else ("mxfp8",):
             found += [
@@ -112,34 +112,48 @@ def all_cases(tokens: tuple[int, ...] = TOKENS, *, bf16: bool = False, shrink: i
     return found
 
 
-MANY = ((128, 128, 64, 4, 3), (128, 128, 64, 4, 4), (128, 128, 32, 4, 4), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3))
-FEW = ((64, 128, 4), (64, 128, 6), (128, 128, 4), (32, 128, 6), (128, 64, 5))  # columns, inputs, stages
+MOST_CANDIDATES = 5
+MANY = (  # rows of a program, columns, inputs, warps, stages, ahead
+    (128, 128, 64, 4, 3, True), (128, 128, 64, 4, 3, False), (256, 128, 64, 8, 3, True), (128, 256, 64, 8, 3, False),
+    (64, 128, 64, 4, 3, False),
+)  # fmt: skip
+FEW_JOINED = ((64, 64, 64, 4, 3), (64, 128, 64, 8, 3), (16, 64, 64, 4, 4))  # columns of one half
+FEW_GROUPED = ((64, 128, 64, 4, 3), (64, 256, 64, 8, 3), (16, 128, 64, 4, 4))
 
 
 def candidates(case: Case) -> list[MatmulLaunch]:
     """Launches to try, the formula's own first."""
     own = case.launch
-    halves = 2 if case.kind == "joined" else 1
-    least = min(case.widths) // halves
-    found = [own]
-    if own.block_m >= 64 and case.rows > 64:
+    joined, halves = case.kind == "joined", 2 if case.kind == "joined" else 1
+    few = case.rows // (1 if case.kind == "matmul" else LOCAL) <= FEW_ROWS
+
+    def changed(**changes: int | bool | Launch) -> MatmulLaunch:
+        return dataclasses.replace(own, **changes)  # type: ignore[arg-type]
+
+    if not few:
         tried = [
-            MatmulLaunch(m, min(n // halves, least), k, own.splits, Launch(warps, stages))
-            for m, n, k, warps, stages in (*MANY, (64, 128, 64, 4, 4), (64, 256, 64, 4, 3))
+            MatmulLaunch(m, n // halves, k, own.splits, Launch(warps, stages), ahead=ahead)
+            for m, n, k, warps, stages, ahead in MANY
+        ]
+    elif case.kind == "matmul":
+        wide = own.block_k == 64
+        tried = [
+            changed(block_m=16),
+            changed(block_k=128 if wide else 64, launch=Launch(4, 3 if wide else 4)),
+            changed(splits=own.splits // 2) if own.splits > 1 else changed(splits=2),
+            changed(ahead=not own.ahead),
         ]
     else:
-        more = [own.splits] if case.kind == "joined" else [own.splits, max(own.splits // 2, 1), own.splits * 2]
-        tried = [
-            MatmulLaunch(own.block_m, min(n // halves, least), k, splits, Launch(4, stages))
-            for n, k, stages in FEW
-            for splits in more[: 1 if n != 64 else None]
-        ]
-        if case.kind == "joined":  # eight warps where two accumulators stand side by side
-            tried += [dataclasses.replace(tried[0], launch=Launch(8, 4))]
+        least = FEW_JOINED if joined else FEW_GROUPED
+        tried = [MatmulLaunch(m, n, k, 1, Launch(warps, stages)) for m, n, k, warps, stages in least]
+        if own.splits > 1:
+            tried = [changed(splits=own.splits // 2), changed(block_m=16), *tried]
+        else:
+            tried = [*tried, changed(ahead=not own.ahead)]
+    found = [own]
     for launch in tried:
-        steps = case.inputs // launch.block_k
         fits = case.inputs % launch.block_k == 0 and case.column_divisor % launch.block_n == 0
-        fits = fits and launch.splits <= steps
+        fits = fits and launch.splits <= case.inputs // launch.block_k
         if fits and launch not in found:
             found.append(launch)
-    return found
+    return found[:MOST_CANDIDATES]

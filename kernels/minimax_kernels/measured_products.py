@@ -2,9 +2,9 @@
 
 Keys are (kind, weight, groups, inputs, columns, rows): "mxfp8" or "bf16"; rows of all groups, rounded up to a power of
 two.
-Values are (block_m, block_n, block_k, splits, warps, stages).
+Values are (block_m, block_n, block_k, splits, warps, stages, ahead).
 """
 
-Table = dict[tuple[str, str, int, int, int, int], tuple[int, int, int, int, int, int]]
+Table = dict[tuple[str, str, int, int, int, int], tuple[int, int, int, int, int, int, int]]
 
 PRODUCTS: Table = {}
