@@ -59,7 +59,7 @@ def main() -> int:
     )
     add("--write", action="store_true", help="put what was measured into the package's table (default: off)")
     add("--interpret", action="store_true", help="in Pallas's interpreter (a try without a GPU)")
-    add("--shrink", type=int, default=1, help="divide all widths (a try without a GPU; default: 1)")
+    add("--shrink", type=int, choices=(1, 2, 4), default=1, help="divide all widths (a try without a GPU; default: 1)")
     args = parser.parse_args()
     if args.write and (args.shrink > 1 or args.interpret or args.quick):
         parser.error("--write: not with --quick, --shrink or --interpret: they do not measure what the table is for")

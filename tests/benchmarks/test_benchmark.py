@@ -86,16 +86,31 @@ def test_neighbours_union():
 def test_calls_are_all_made():
     """Each set of arguments goes through, chained through `out` or as results of their own."""
 
+    traced = []
+
     def add(x, out):
+        traced.append(x)
         return out + x
 
     sets = [(jax.numpy.full(3, float(i)),) for i in (1, 2, 4)]
     compiled = timing.compile_calls(add, sets[0], 3, sets[0][0])
     np.testing.assert_array_equal(compiled(tuple(sets), jax.numpy.zeros(3)), np.full(3, 7.0))
+    assert len(traced) == 1 and compiled.as_text().count(" add(") == 3  # lowered once, three calls all the same
     alone = timing.compile_calls(lambda x: x * 2, sets[0], 2)
     assert [float(x[0]) for x in measure._outputs(alone, sets, 2)] == [2, 4, 8]
     timed = timing.time_compiled(compiled, sets, 3, jax.numpy.zeros(3), repeats=2)
     assert timed.us > 0 and timed.calls == 3
+
+
+def test_calls_are_traced_once_and_stay_apart():
+    traced = []
+
+    def factor(x):
+        traced.append(x)
+        return jax.numpy.linalg.cholesky(x)  # a custom call
+
+    compiled = timing.compile_calls(factor, (jax.numpy.eye(2),), 7)
+    assert len(traced) == 1 and compiled.as_text().count("custom_call_target=") == 7
 
 
 def test_rounds_repeat_all_calls():

@@ -21,6 +21,27 @@ def test_logits_of_every_implementation():
     assert found["ok"] and found["errors"].keys() == set(transformers_checks.IMPLEMENTATIONS)
 
 
+def test_tokens_are_transformers_own_and_part_when_a_layer_is_off(monkeypatch):
+    """At a parting float32 decides: what no implementation's error explains is no tie."""
+    found = transformers_checks.tokens(CPU, small=True, prompts=1)
+    assert found["ok"] and found["prompts"] == [{"eager": {"same": 12}, "minimax_jax": {"same": 12}}]
+    own, hooks = transformers_checks.with_attention, []
+
+    def spoiled(model, implementation):
+        while hooks:
+            hooks.pop().remove()
+        if implementation == "minimax_jax":
+            layer = model.model.layers[1].self_attn
+            hooks.append(layer.register_forward_hook(lambda module, args, out: (0.5 * out[0], *out[1:])))
+        return own(model, implementation)
+
+    monkeypatch.setattr(transformers_checks, "with_attention", spoiled)
+    found = transformers_checks.tokens(CPU, small=True, prompts=1)
+    row = found["prompts"][0]["minimax_jax"]
+    assert not found["ok"] and row["same"] < 12 and not row["tie"]
+    assert row["errors"]["minimax_jax"] > 100 * row["errors"]["sdpa"]
+
+
 def test_a_wrong_result_is_no_pass(monkeypatch):
     """The checks can fail: a kernel that is off by a little is found."""
     msa = memory_checks.msa
