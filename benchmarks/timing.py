@@ -90,7 +90,6 @@ def compile_calls(
     """
     struct = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (tuple(args),) * calls)
     options = compiler_options(rounds)
-    function = jax.jit(function)  # traced and lowered once, and not once a call; XLA inlines the calls
     # traced and lowered once for all calls; XLA inlines what calls it, and has separate calls again
     call = jax.jit(function)
 

@@ -1,90 +1,99 @@
-"""One measure of error for results in bfloat16: against float32, next to what plain jnp makes of the same rows.
+"""How far a bfloat16 result is from the truth, and whether that is no more than bfloat16 itself costs.
 
-An element's error is |found - truth| / (|truth| + std(truth)): relative where the truth is large, in the spread of the
-results where it is near zero. The truth is the reference on rows and weights in float32. No absolute bound is right for
-all sizes (the largest of 25 million errors is larger than that of a thousand), so a kernel is measured against the
-bfloat16 reference, which rounds where it rounds.
+The truth is the reference in float32, on upcast rows and dequantised weights. An element's error counts in its own size
+plus the spread of all, so that neither large sums nor cancelled ones decide alone. What is judged may be a little worse
+than the reference in bfloat16, whose sums have another order, and may round once more than it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-RMS_FACTOR, MAX_FACTOR = 1.1, 2.0
-ROUNDING = 2**-8  # one rounding to bfloat16, at most
-RMS_FLOOR = ROUNDING / 16  # sums of few elements, where a 1.1 is noise
+from minimax_kernels import Mxfp8
 
-
-class DeviceErrors(NamedTuple):
-    """Root mean square and maximum of the elements' errors, on the device; float32 scalars."""
-
-    rms: Float[Array, ""]
-    max: Float[Array, ""]
+RMS_FACTOR, LARGEST_FACTOR = 1.1, 2.0  # of the reference's errors
+ROUNDING = 2**-8  # the most that one rounding to bfloat16 moves a number, in its own size
+STRICT = {"xla_allow_excess_precision": False}  # XLA may leave out roundings to bfloat16 between float32 operations
 
 
 @dataclasses.dataclass(frozen=True)
 class Errors:
-    """Of a kernel and of the reference, both in bfloat16, against the truth; infinite where something is no number."""
+    """Of all elements, each |found - truth| / (|truth| + std(truth)).
+
+    Attributes:
+      rms: root of the mean square.
+      largest: infinite where a number was expected and none found.
+      rounding: root mean square of what rounding the truth once to bfloat16 costs.
+    """
 
     rms: float
-    max: float
-    reference_rms: float
-    reference_max: float
+    largest: float
+    rounding: float
 
-    @property
-    def fine(self) -> bool:
-        """Whether the kernel is as good as the reference."""
-        return (
-            self.rms <= RMS_FACTOR * self.reference_rms + RMS_FLOOR
-            and self.max <= MAX_FACTOR * self.reference_max + ROUNDING
-        )
-
-    def __str__(self) -> str:
-        return (
-            f"rms {self.rms:.3g} (reference {self.reference_rms:.3g}), "
-            f"max {self.max:.3g} (reference {self.reference_max:.3g})"
-        )
+    def excess(self, reference: Errors) -> str:
+        """What is worse than the reference allows; empty if nothing is."""
+        # roundings are independent, hence squares add up
+        rms = math.hypot(RMS_FACTOR * reference.rms, self.rounding)
+        largest = LARGEST_FACTOR * reference.largest + ROUNDING
+        if self.rms <= rms and self.largest <= largest:
+            return ""
+        return f"rms {self.rms:.3g} of at most {rms:.3g}, largest {self.largest:.3g} of at most {largest:.3g}"
 
 
-def device_errors(found: Any, truth: Any, live: Int[Array, ""] | int | None = None) -> DeviceErrors:
-    """Errors of all arrays of a pytree together; each is measured in its own truth's spread. Traceable.
+def measure_errors(found: Any, truth: Any, live: int | None = None) -> Errors:
+    """Errors of arrays of the same shapes, the worst of each kind.
 
     Args:
-      found: arrays [T, N].
-      truth: the same, float32.
-      live: rows that count, the first ones; all if None.
+      found: an array, or a tuple of them, [rows, ...].
+      truth: the same in float32.
+      live: rows to compare, from the first on; all if None.
     """
-    squares, count, most = jnp.float32(0), jnp.float32(0), jnp.float32(0)
-    for ours, exact in zip(jax.tree.leaves(found), jax.tree.leaves(truth), strict=True):
-        counts = jnp.arange(exact.shape[0])[:, None] < (exact.shape[0] if live is None else live)
-        counts = jnp.broadcast_to(counts, exact.shape)
-        exact = exact.astype(jnp.float32)
-        spread = jnp.std(exact, where=counts)
-        error = jnp.abs(ours.astype(jnp.float32) - exact) / jnp.maximum(jnp.abs(exact) + spread, 1e-30)
-        error = jnp.where(counts, error, 0)
-        squares, count = squares + jnp.sum(error**2), count + jnp.sum(counts, dtype=jnp.float32)
-        most = jnp.maximum(most, jnp.max(error, initial=0))
-    return DeviceErrors(jnp.sqrt(squares / jnp.maximum(count, 1)), most)
+    pairs = list(zip(jax.tree.leaves(found), jax.tree.leaves(truth), strict=True))
+    measured = [_measure(ours, wide, len(ours) if live is None else live) for ours, wide in pairs]
+    rms, largest, rounding = (max(float(values[i]) for values in measured) for i in range(3))
+    return Errors(rms, largest, rounding)
 
 
-def host_errors(found: DeviceErrors, reference: DeviceErrors) -> Errors:
-    """Fetches both."""
-    values = (float(value) for value in (*found, *reference))
-    return Errors(*(value if math.isfinite(value) else math.inf for value in values))
-
-
-def worst(errors: list[Errors]) -> Errors:
-    """The one that is furthest beyond what is allowed, in shares of that."""
-    return max(
-        errors,
-        key=lambda own: max(
-            own.rms / (RMS_FACTOR * own.reference_rms + RMS_FLOOR),
-            own.max / (MAX_FACTOR * own.reference_max + ROUNDING),
-        ),
+def upcast(values: Any) -> Any:
+    """bfloat16 arrays of a pytree in float32; `Mxfp8` stays: references dequantise it to the type of the rows."""
+    return jax.tree.map(
+        lambda x: x if isinstance(x, Mxfp8) or x.dtype != jnp.bfloat16 else x.astype(jnp.float32),
+        values,
+        is_leaf=lambda x: isinstance(x, Mxfp8),
     )
+
+
+def reference_and_truth(function: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(the reference with all of its roundings, the same in float32), compiled at the first call."""
+    return (
+        jax.jit(function, compiler_options=STRICT),
+        jax.jit(lambda *args: function(*upcast(args)), compiler_options=STRICT),
+    )
+
+
+@jax.jit
+def _measure(
+    found: Float[Array, "T ..."], truth: Float[Array, "T ..."], live: Int[Array, ""]
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+    rows = (jnp.arange(truth.shape[0]) < live).reshape(-1, *[1] * (truth.ndim - 1))
+    count = jnp.maximum(live * (truth.size // truth.shape[0]), 1)
+    truth = jnp.where(rows, truth, 0)
+    mean = truth.sum() / count
+    scale = jnp.sqrt(jnp.where(rows, jnp.square(truth - mean), 0).sum() / count)
+    scale = jnp.abs(truth) + jnp.maximum(scale, 1e-6)
+
+    def relative(values: jax.Array) -> jax.Array:
+        error = jnp.where(rows, jnp.abs(values - truth) / scale, 0)
+        return jnp.where(jnp.isfinite(error), error, jnp.inf)
+
+    error = relative(found.astype(jnp.float32))
+    rounded = relative(jax.lax.reduce_precision(truth, 8, 7))
+    rms, rounding = (jnp.sqrt(jnp.square(values).sum() / count) for values in (error, rounded))
+    return rms, error.max(initial=0), rounding
