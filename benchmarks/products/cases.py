@@ -140,7 +140,7 @@ def candidates(case: Case) -> list[MatmulLaunch]:
         tried = [
             changed(block_m=16),
             changed(block_k=128 if wide else 64, launch=Launch(4, 3 if wide else 4)),
-            changed(splits=own.splits // 2) if own.splits > 1 else changed(splits=2),
+            changed(splits=own.splits // 2) if own.splits > 1 else changed(block_n=64 if own.block_n < 64 else 32),
             changed(ahead=not own.ahead),
         ]
     else:
