@@ -20,7 +20,8 @@ from minimax_jax.rank_slice.comm import SliceComm
 from minimax_jax.rank_slice.compiling import Compiler
 from minimax_jax.rank_slice.float_copies import float_copies
 from minimax_jax.rank_slice.kernel_classes import class_times, kernel_table
-from minimax_jax.rank_slice.report import table
+from minimax_jax.rank_slice.report import _kernel_lines, table
+from minimax_jax.rank_slice.slice_engine import SliceEngine
 from minimax_jax.rank_slice.trace import Launch
 from minimax_jax.rank_slice.weights import draw_weights, routing_load, weight_structs
 from minimax_jax.rank_slice.work import step_work, whole
@@ -158,8 +159,13 @@ def test_kernels_are_told_apart_by_name_and_module():
     for launch, kind in zip(layers, names.values(), strict=True):
         assert class_times([launch]) == {kind: 2.0}, launch.name
     assert class_times(picks) == {"head": 3.0, "sampling": 1.0}
-    rows = kernel_table([*layers, *layers, *picks], most=3)
-    assert len(rows) == 3 and rows[0]["us"] == 4.0 and rows[0]["calls"] == 2
+    rows = kernel_table([*layers, *layers, *picks, *picks], steps=2)
+    assert len(rows) == len(names) + 3
+    assert (rows[0]["us"], rows[0]["calls"], rows[0]["mean_us"]) == (2.0, 1, 2.0)
+    case = {"kind": DECODE, "gaps_us": 12.0, "launches_a_layer": 20.5, "kernels": rows * 2}
+    lines = _kernel_lines(case)
+    assert "12 us a step without a kernel; 20.5 launches a layer" in lines[0] and len(lines) == 2 + 25
+    assert "jit__layers" in lines[2] and not _kernel_lines({"gaps_us": None})
 
 
 def test_copies_in_floats_are_found_where_they_are_written():
@@ -175,6 +181,9 @@ ENTRY %m (a: f8e4m3fn[64,96]) -> bf16[96,64] {
   %experts = f32[2,48,64]{2,1,0} convert(%a)
   %hidden = bf16[2,128]{1,0} convert(%a)
 }"""
+    activations = "ENTRY %m (a: f32[2]) -> f32[2] {\n  %down = bf16[256,6144]{1,0} custom-call(%a)\n}"
+    assert float_copies(activations, [(6144, 128)]) == ["down"]  # k_proj and v_proj, or 64 tokens' four experts
+    assert not float_copies(activations, [(6144, 128)], [(256, 6144)])
     assert float_copies(other_forms, [(64, 96), (64, 128), (4, 64, 48)]) == ["turned", "joined", "flat", "experts"]
     inside = """
 %fused_multiply (p0: f8e4m3fn[64,96]) -> bf16[4,96] {
@@ -190,6 +199,13 @@ ENTRY %main (a: f8e4m3fn[64,96]) -> bf16[4,96] {
         "  %two = (f32[2,3]{1,0}, s32[3]) fusion(%a), kind=kLoop, calls=%c\n  %g = f32[2,3] get-tuple-element(%two)\n}"
     )
     assert float_copies(twice, [(2, 3)]) == ["two"]
+
+
+def test_results_of_experts_are_no_copies_of_weights():
+    """On an H100 a step of 64 tokens was said to write five copies: [64 * 4, 6144] is as large as k_proj and v_proj."""
+    engine = SimpleNamespace(_layout=M3, _config=M3.config)
+    known = SliceEngine._activations(engine, Case(DECODE, 64, 1, 8192))
+    assert {(64, 6144), (256, 6144), (256, 3072)} <= known and (6144, 256) not in known
 
 
 def test_a_run_at_small_sizes(tmp_path, capsys):

@@ -206,7 +206,10 @@ def _measure(
             }
             for name in dict.fromkeys((*times, *parts))
         },
-        "kernels": kernel_table(launches),
+        # between kernels and around them: the wall time of a step that nobody profiles, less the time in which any ran
+        "gaps_us": None if seen is None else seconds * 1e6 - seen.busy_us / count,
+        "launches_a_layer": None if seen is None else seen.kernels / count / layers,
+        "kernels": kernel_table(launches, count),
         "profiled_steps": count,
     }
 
