@@ -22,7 +22,7 @@ from minimax_jax.rank_slice.float_copies import float_copies
 from minimax_jax.rank_slice.kernel_classes import class_times, kernel_table
 from minimax_jax.rank_slice.report import _kernel_lines, table
 from minimax_jax.rank_slice.slice_engine import SliceEngine
-from minimax_jax.rank_slice.trace import Launch
+from minimax_jax.rank_slice.trace import Launch, typical_lengths
 from minimax_jax.rank_slice.weights import draw_weights, routing_load, weight_structs
 from minimax_jax.rank_slice.work import step_work, whole
 from minimax_kernels import Mxfp8
@@ -163,9 +163,25 @@ def test_kernels_are_told_apart_by_name_and_module():
     assert len(rows) == len(names) + 3
     assert (rows[0]["us"], rows[0]["calls"], rows[0]["mean_us"]) == (2.0, 1, 2.0)
     case = {"kind": DECODE, "gaps_us": 12.0, "launches_a_layer": 20.5, "kernels": rows * 2}
+    case |= {"step_ms": 0.1, "profiled_busy_us": 88.0}
     lines = _kernel_lines(case)
     assert "12 us a step without a kernel; 20.5 launches a layer" in lines[0] and len(lines) == 2 + 25
     assert "jit__layers" in lines[2] and not _kernel_lines({"gaps_us": None})
+    assert "busy for 188 us, longer than a step's 100 us" in _kernel_lines(case | {"profiled_busy_us": 188.0})[1]
+
+
+def test_kernels_during_which_another_process_had_the_device_count_as_in_other_steps():
+    """Next to three other processes an H100 was said to take 1955 us for a head of 115 us, more than its step took."""
+    lengths = [[4.0, 2.0, 115.0], [5.0, 2.0, 7475.0], [4.0, 900.0, 116.0]]
+    launches = [
+        Launch(name, "s", float(3 * step + place), length, "jit__pick" if place == 2 else "jit__layers")
+        for step, own in enumerate(lengths)
+        for place, (name, length) in enumerate(zip(("add", "add", "nvjet"), own, strict=True))
+    ]
+    once = Launch("memcpy", "s", 9.0, 1.0)
+    typical = typical_lengths([*launches, once], 3)
+    assert [launch.length for launch in typical] == [4.0, 2.0, 116.0] * 3 + [1.0]
+    assert class_times(typical) == {"elementwise": 18.0, "head": 348.0, "copies": 1.0}
 
 
 def test_copies_in_floats_are_found_where_they_are_written():
@@ -222,7 +238,7 @@ def test_a_run_at_small_sizes(tmp_path, capsys):
         assert "peak_bytes" not in case  # it is the run's, not a case's
         assert {"matmul", "experts", "score", "attend", "write", "head"} <= set(case["classes"])
     assert report["weights"]["bytes"] > 0 and report["ceilings"]["copy_bytes_per_s"] > 0 and not report["left_out"]
-    assert report["pool_bytes"] == 18 * 16 * (2 * 32 + 32)  # pages of 16 tokens, a byte a number
+    assert report["pool_bytes"] == 20 * 16 * (2 * 32 + 32)  # pages of 16 tokens, a byte a number
     own = ["tp", "ep", "rank", "layers", "batch", "context", "chunk", "prefix", "routing", "weights", "cache_dtype"]
     own += ["limit_s", "seed", "tiny", "steps_per_launch", "device", "dtype", "collectives", "jax", "python", "date"]
     assert set(report["setting"]) == set(own)  # nothing of `bench`

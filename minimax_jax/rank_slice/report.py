@@ -9,6 +9,7 @@ from minimax_jax.rank_slice.cases import DECODE
 from minimax_jax.rank_slice.kernel_classes import CLASSES
 
 _KERNELS_SHOWN = 25
+_DISTURBED = 1.1  # times a step's wall time, that profiled kernels cannot take unless the device was shared
 
 _COLORS = (
     "#2166ac", "#4393c3", "#1b7837", "#5aae61", "#a6dba0", "#d9f0d3", "#bdbdbd", "#762a83", "#c2a5cf", "#fdae61",
@@ -64,6 +65,12 @@ def _kernel_lines(case: dict[str, Any]) -> list[str]:
     if case["gaps_us"] is None:
         return []
     lines = [f"  {case['gaps_us']:.0f} us a step without a kernel"]
+    wall = 1e3 * case["step_ms"]
+    if case["profiled_busy_us"] > _DISTURBED * wall:
+        lines.append(
+            f"  profiled steps were busy for {case['profiled_busy_us']:.0f} us, longer than a step's {wall:.0f} us: "
+            "did other processes have the device too?"
+        )
     if case["kind"] == DECODE:
         lines[0] += f"; {case['launches_a_layer']:.1f} launches a layer, those of the head included"
     lines.append("  us a step   calls  us a call  class        kernel")
