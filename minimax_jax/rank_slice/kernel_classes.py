@@ -50,8 +50,12 @@ def class_times(launches: Sequence[Launch]) -> dict[str, float]:
     return {kind: times[kind] for kind in CLASSES if kind in times}
 
 
-def kernel_table(launches: Sequence[Launch], most: int = 40) -> list[dict[str, object]]:
-    """The kernels that take longest: name, class, module, calls and microseconds of all calls."""
+def kernel_table(launches: Sequence[Launch], steps: int) -> list[dict[str, object]]:
+    """Kernels, costliest first: name, class, module, calls a step, mean microseconds of a call and all of a step's.
+
+    Args:
+      steps: in which they ran.
+    """
     found: dict[tuple[str, str], list[Launch]] = {}
     for launch in launches:
         # the numbers of XLA's fusions say nothing
@@ -61,9 +65,10 @@ def kernel_table(launches: Sequence[Launch], most: int = 40) -> list[dict[str, o
             "kernel": name,
             "class": kernel_class(own[0]),
             "module": module,
-            "calls": len(own),
-            "us": sum(launch.length for launch in own),
+            "calls": len(own) / steps,
+            "mean_us": sum(launch.length for launch in own) / len(own),
+            "us": sum(launch.length for launch in own) / steps,
         }
         for (name, module), own in found.items()
     ]
-    return sorted(rows, key=lambda row: -float(str(row["us"])))[:most]
+    return sorted(rows, key=lambda row: -float(str(row["us"])))

@@ -24,14 +24,14 @@ from minimax_jax.rank_slice.ceilings import Ceilings, measure_ceilings
 from minimax_jax.rank_slice.kernel_classes import class_times, kernel_table
 from minimax_jax.rank_slice.report import draw, table
 from minimax_jax.rank_slice.slice_engine import SliceEngine
-from minimax_jax.rank_slice.trace import overlap, profile
+from minimax_jax.rank_slice.trace import overlap, profile, typical_lengths
 from minimax_jax.rank_slice.weights import draw_weights, routing_load, weight_structs
 from minimax_jax.rank_slice.work import step_work, whole
 from minimax_kernels import Mxfp8
 
 OK, FAILED = 0, 1
 _WARM_UP = 3  # steps before anything counts: compilation, capture, the first replay
-_PROFILED = {DECODE: 4, PREFILL: 1}
+_PROFILED = {DECODE: 5, PREFILL: 3}  # odd: each kernel's median over them counts
 _STEPS = {DECODE: 30, PREFILL: 2}  # in a row, of which the wall time is taken
 _ROUNDS = 3
 _COMPILING_SHARE = 0.75  # of the time that is left, the most that a group of cases may compile for
@@ -171,13 +171,14 @@ def _measure(
         engine.run(requests, steps)
         walls.append((time.perf_counter() - start) / steps)
     count = _PROFILED[case.kind]
-    launches = profile(lambda: engine.run(requests, count))
+    seen_launches = profile(lambda: engine.run(requests, count))
+    seen, launches = overlap(seen_launches), typical_lengths(seen_launches, count)
     seconds = statistics.median(walls)
     parts = step_work(layout, case, weights=args.weights, experts_load=load, cache_itemsize=engine.cache_itemsize)
     total = whole(parts)
     floor = total.seconds(ceilings)
-    seen = overlap(launches)
     times = {name: us / count for name, us in class_times(launches).items()}
+    busy = None if seen is None else sum(times.values()) - seen.overlapped_us / count
     target = TARGETS.get(case) if _comparable(layout, args) else None
     return {
         "case": case.name,
@@ -196,7 +197,8 @@ def _measure(
         "aim": None if target is None else target.aim,
         "finite": engine.bad_steps == bad,
         "distinct_pages": engine.distinct_share(case),
-        "device_busy_us": None if seen is None else seen.busy_us / count,
+        "device_busy_us": busy,
+        "profiled_busy_us": None if seen is None else seen.busy_us / count,  # a mean: other processes' time is in it
         "classes": {
             name: {
                 "us": times.get(name),
@@ -206,7 +208,10 @@ def _measure(
             }
             for name in dict.fromkeys((*times, *parts))
         },
-        "kernels": kernel_table(launches),
+        # between kernels and around them: the wall time of a step that nobody profiles, less the time in which any ran
+        "gaps_us": None if busy is None else seconds * 1e6 - busy,
+        "launches_a_layer": None if seen is None else seen.kernels / count / layers,
+        "kernels": kernel_table(launches, count),
         "profiled_steps": count,
     }
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from minimax_jax.rank_slice.cases import DECODE
 from minimax_jax.rank_slice.kernel_classes import CLASSES
+
+_KERNELS_SHOWN = 25
+_DISTURBED = 1.1  # times a step's wall time, that profiled kernels cannot take unless the device was shared
 
 _COLORS = (
     "#2166ac", "#4393c3", "#1b7837", "#5aae61", "#a6dba0", "#d9f0d3", "#bdbdbd", "#762a83", "#c2a5cf", "#fdae61",
@@ -31,6 +35,7 @@ def table(report: dict[str, Any]) -> str:
             if (part := case["classes"].get(name)) and part["us"] is not None
         ]
         lines.append(f"{case['case']}: " + (", ".join(shown) or "no profile of kernels on this device"))
+        lines += _kernel_lines(case)
         if case.get("temporaries") is not None:
             lines.append(f"  {case['temporaries'] / 1e6:.0f} MB beside weights and pages")
         if case.get("float_copies") is not None:
@@ -53,6 +58,26 @@ def table(report: dict[str, Any]) -> str:
     )
     lines.append(f"decode: {steps} step a launch; the engine on a GPU takes 8 while no prompt waits and nobody streams")
     return "\n".join(lines)
+
+
+def _kernel_lines(case: dict[str, Any]) -> list[str]:
+    """The costliest kernels, and what is between kernels; nothing without a profile."""
+    if case["gaps_us"] is None:
+        return []
+    lines = [f"  {case['gaps_us']:.0f} us a step without a kernel"]
+    wall = 1e3 * case["step_ms"]
+    if case["profiled_busy_us"] > _DISTURBED * wall:
+        lines.append(
+            f"  profiled steps were busy for {case['profiled_busy_us']:.0f} us, longer than a step's {wall:.0f} us: "
+            "did other processes have the device too?"
+        )
+    if case["kind"] == DECODE:
+        lines[0] += f"; {case['launches_a_layer']:.1f} launches a layer, those of the head included"
+    lines.append("  us a step   calls  us a call  class        kernel")
+    for row in case["kernels"][:_KERNELS_SHOWN]:
+        name = row["kernel"] if row["module"] == "" else f"{row['kernel']} ({row['module']})"
+        lines.append(f"  {row['us']:9.1f}  {row['calls']:6.1f}  {row['mean_us']:9.1f}  {row['class']:11}  {name}")
+    return lines
 
 
 def _verdict(case: dict[str, Any]) -> str:

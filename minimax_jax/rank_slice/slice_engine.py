@@ -130,7 +130,9 @@ class SliceEngine:
             memory = compiled.memory_analysis()
             found[case] = {
                 "temporaries": None if memory is None else int(memory.temp_size_in_bytes),
-                "float_copies": len(float_copies(compiled.as_text(), shapes, floats)) if shapes else None,
+                "float_copies": (
+                    len(float_copies(compiled.as_text(), shapes, floats | self._activations(case))) if shapes else None
+                ),
             }
             say(f"compiled {case.name}")
         return found
@@ -215,6 +217,12 @@ class SliceEngine:
                 f"{max(0, room) * page / 1e9:.1f} GB beside the weights: must be smaller"
             )
         return min(wanted, room)
+
+    def _activations(self, case: Case) -> set[tuple[int, int]]:
+        """Of a decode step; some are as large as a weight: 64 tokens' 256 results of experts as k_proj and v_proj."""
+        config, choices = self._layout.local_config, self._config.num_experts_per_tok
+        widths = (config.hidden_size, config.intermediate_size, 2 * config.intermediate_size)
+        return {(case.batch * each, width) for each in (1, choices) for width in widths}
 
     def _run_layers(self, leaves: Any, caches: Any, last_tokens: Any, step: StepInputs) -> Any:
         key = (*step.tokens.shape, *step.batch.block_tables.shape)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,31 @@ def read_launches(trace: dict) -> list[Launch]:
         and "Stream" in (thread := threads.get((event["pid"], event["tid"]), ""))
     ]
     return sorted(launches, key=lambda launch: launch.start)
+
+
+def typical_lengths(launches: Sequence[Launch], steps: int) -> list[Launch]:
+    """The kernels with the median of the steps' lengths instead of their own.
+
+    A kernel during which another process had the device seems to take milliseconds; as long as fewer than half of the
+    steps met that at the same kernel, nothing of it is left. A kernel that not all steps ran equally often stays as
+    it is.
+
+    Args:
+      launches: by start.
+      steps: the same work over and over, in which they ran.
+    """
+    places: dict[tuple[str, str, str], list[int]] = {}
+    for place, launch in enumerate(launches):
+        places.setdefault((launch.device, launch.module, launch.name), []).append(place)
+    lengths = [launch.length for launch in launches]
+    for own in places.values():
+        calls, rest = divmod(len(own), steps)
+        for call in range(0 if rest else calls):
+            same = own[call::calls]
+            middle = statistics.median(lengths[place] for place in same)
+            for place in same:
+                lengths[place] = middle
+    return [dataclasses.replace(launch, length=length) for launch, length in zip(launches, lengths, strict=True)]
 
 
 def overlap(launches: list[Launch]) -> Overlap | None:
