@@ -53,14 +53,18 @@ class Experts(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Float[Array, "T H"], expert_ids: Int[Array, "T k"], weights: Float[Array, "T k"]
+        self,
+        x: Float[Array, "T H"],
+        expert_ids: Int[Array, "T k"],
+        weights: Float[Array, "T k"],
+        addend: Float[Array, "T H"] | None = None,
     ) -> Float[Array, "T H"]:
-        """Weighted sum of each token's experts, added up in float32 in the token's own order of experts.
+        """Weighted sum of each token's experts, added up in float32 in the token's own order of experts; then `addend`.
 
         Ids from the number of experts on stand for experts elsewhere and add nothing.
         """
         return routed_experts(
-            x, expert_ids, weights, self.gate_up_proj.get_value(), self.down_proj.get_value(),
+            x, expert_ids, weights, self.gate_up_proj.get_value(), self.down_proj.get_value(), addend,
             activation=swiglu(self.config), num_experts=self.config.num_local_experts,
         )  # fmt: skip
 

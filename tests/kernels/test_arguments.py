@@ -160,6 +160,7 @@ ERRORS = {
         ({"expert_ids": jnp.zeros((5, 2))}, "expert_ids is float32: must be an integer type"),
         ({"expert_ids": jnp.zeros((4, 2), jnp.int32)}, "expert_ids has T = 4: must be 5, as in x"),
         ({"weights": jnp.zeros((5, 3))}, r"weights is float32 of shape \(5, 3\): must be floating, of expert_ids'"),
+        ({"addend": jnp.zeros((4, 32))}, r"addend is float32 of shape \(4, 32\): must be float32 of \(5, 32\), as x"),
         ({"num_experts": 0}, "num_experts = 0: must be an integer >= 1"),
         ({"gate_up": jnp.zeros((3, 16, 8))}, "gate_up has H = 16: must be 32, as in x"),
         ({"gate_up": jnp.zeros((3, 32, 7))}, "gate_up's last axis = 7: must be a multiple of the number of halves"),

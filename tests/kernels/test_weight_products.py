@@ -169,6 +169,10 @@ def test_routed_experts(tokens, quantised):
         weights = random.random(ids.shape).astype(np.float32)
         run = jitted("routed_experts", activation=ACTIVATION, num_experts=2 * EXPERTS)
         result = np.asarray(run(x, ids, weights, gate_up, down), np.float64)
+        if quantised and tokens < 200:
+            addend = rows_of(random, tokens, HIDDEN) * jnp.bfloat16(result.std())
+            together = run(x, ids, weights, gate_up, down, addend)
+            np.testing.assert_array_equal(together, jnp.asarray(result, jnp.bfloat16) + addend)
         expected = experts_in_float64(np.asarray(x, np.float64), ids, weights, wide_gate_up, wide_down)
         np.testing.assert_allclose(result, expected, atol=0.02 * max(np.abs(expected).max(), 1e-3))
 

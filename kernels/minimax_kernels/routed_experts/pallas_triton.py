@@ -29,6 +29,7 @@ def routed_experts(
     weights: Float[Array, "T k"],
     gate_up: Weight,
     down: Weight,
+    addend: Float[Array, "T H"] | None = None,
     *,
     activation: Swiglu,
     num_experts: int | None = None,
@@ -38,7 +39,7 @@ def routed_experts(
     require_weight(x, gate_up, interpret=interpret)
     require_weight(x, down, interpret=interpret)
     if expert_ids.size == 0:
-        return jnp.zeros_like(x)
+        return jnp.zeros_like(x) if addend is None else addend
     local, hidden, width = gate_up.shape
     num_rows = expert_ids.size
     if can_sort_few(num_rows, local):
@@ -61,4 +62,4 @@ def routed_experts(
     rows = multiply_groups(gated, down, pairs.group_sizes, launch=launch, interpret=interpret)
     if launch.splits == 1:
         rows = rows[None]
-    return combine_rows(rows, pairs.place, weights, pairs.group_sizes, dtype=x.dtype, interpret=interpret)
+    return combine_rows(rows, pairs.place, weights, pairs.group_sizes, addend, dtype=x.dtype, interpret=interpret)
