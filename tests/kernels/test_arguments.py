@@ -16,6 +16,7 @@ from minimax_kernels.cache_types import FP8
 from minimax_kernels.implementation import dispatch
 
 BATCH = mk.Batch(jnp.zeros((2, 3), jnp.int32), jnp.array([0, 2, 5]), jnp.array([20, 48]))
+SWIGLU = mk.Swiglu(1.7, 1.0, 7.0)
 ARGS = {
     "dense_attention": {
         "q": jnp.zeros((5, 4, 8)), "k_cache": jnp.zeros((6, 2, 16, 8)), "v_cache": jnp.zeros((6, 2, 16, 8)),
@@ -29,7 +30,7 @@ ARGS = {
     "matmul": {"x": jnp.zeros((5, 32)), "w": jnp.zeros((32, 4))},
     "routed_experts": {
         "x": jnp.zeros((5, 32)), "expert_ids": jnp.zeros((5, 2), jnp.int32), "weights": jnp.zeros((5, 2)),
-        "gate_up": jnp.zeros((3, 32, 8)), "down": jnp.zeros((3, 4, 32)), "activation": mk.Swiglu(1.7, 1.0, 7.0),
+        "gate_up": jnp.zeros((3, 32, 8)), "down": jnp.zeros((3, 4, 32)), "activation": SWIGLU,
     },
     "write_index": {
         "index_cache": jnp.zeros((6, 16, 8)), "idx_k": jnp.zeros((5, 8)), "slots": jnp.arange(5, dtype=jnp.int32),
@@ -151,6 +152,8 @@ ERRORS = {
         ({"w": jnp.zeros((3, 32, 4))}, r"w has shape \(3, 32, 4\): must be \[K, N\]"),
         ({"w": jnp.zeros((32, 4), jnp.int8)}, "w is int8: must be one of"),
         ({"w": (jnp.zeros((32, 4)), jnp.zeros((16, 4)))}, r"x has K = 32: must be 16, as in w\[1\]"),
+        ({"w": (jnp.zeros((32, 4)),), "activation": SWIGLU}, "activation: must be None where w is a tuple"),
+        ({"w": jnp.zeros((32, 3)), "activation": SWIGLU}, "w's last axis = 3: must be a multiple of the number of hal"),
         ({"w": ()}, r"w = \(\): must be a weight or at least one of them"),
         ({"w": mk.Mxfp8(jnp.zeros((32, 4)), jnp.zeros((1, 4)))}, "w is Mxfp8 of float32 and float32: must be float8"),
         ({"w": quantised(32, 4, scale_rows=2)}, r"w has scales \(2, 4\) for values \(32, 4\): must be"),

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import minimax_kernels as mk
 from minimax_kernels.implementation import _with_gradient_of
 from minimax_kernels.matmul.slabs import LEAST_ROWS, takes_slabs
+from minimax_kernels.matmul.sum_splits import sum_splits
 from minimax_kernels.matmul_launches import FEW_ROWS, group_launch, matmul_launch
 from minimax_kernels.mxfp8_tile import dequantize_tile
 from minimax_kernels.routed_experts import reference
@@ -78,6 +79,26 @@ def test_matmul_of_several_weights(rows, inputs, quantised):
     for result, w in zip(results, wide, strict=True):
         expected = np.asarray(x, np.float64) @ w
         np.testing.assert_allclose(result, expected, atol=2e-6 * max(np.abs(expected).max(initial=0), 1))
+
+
+@pytest.mark.parametrize(("rows", "inputs"), [(0, 64), (5, 64), (70, 64), (1, 256), (17, 256)])
+def test_halves_are_joined_as_the_activation_alone_would_join_them(rows, inputs):
+    """Bit by bit: where the product ends, and with split inputs in the launch that adds up."""
+    assert rows == 0 or (matmul_launch(rows, inputs, 32, 96).splits > 1) == (inputs == 256)
+    random = np.random.default_rng(rows)
+    x, (w, _) = rows_of(random, rows, inputs) * 0.01, weight(random, inputs, 96)
+    expected = ACTIVATION.halves(jitted("matmul")(x, w))
+    np.testing.assert_array_equal(jitted("matmul", activation=ACTIVATION)(x, w), expected)
+    assert expected.shape == (rows, 48)
+
+
+@settings(max_examples=6, deadline=None)
+@given(rows=st.integers(1, 64), columns=st.sampled_from([8, 24, 320]), splits=st.integers(2, 16))
+def test_sums_of_splits_join_halves_bit_by_bit(rows, columns, splits):
+    partial = np.random.default_rng(rows).standard_normal((splits, rows, 2 * columns), np.float32)
+    (found,) = sum_splits([partial], dtype=jnp.bfloat16, activation=ACTIVATION, interpret=True)
+    total = functools.reduce(np.add, partial)  # in order, as the kernel has it
+    np.testing.assert_array_equal(found, ACTIVATION.halves(jnp.asarray(total, jnp.bfloat16)))
 
 
 def test_routed_experts_below_cover_split_inputs_and_joined_halves():
