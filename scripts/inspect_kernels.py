@@ -42,7 +42,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync.aligned", "cp.async": r"cp.async.c[ag]", "ex2": "ex2"}
 OPS = (
     "index_score", "select_blocks", "sparse_attention", "dense_attention", "msa", "write_kv_index", "norm_rope",
-    "matmul", "matmul-swiglu", "routed_experts", "add_norm", "choose_experts",
+    "matmul", "matmul-swiglu", "routed_experts", "add_norm", "choose_experts", "route_tokens",
 )  # fmt: skip
 
 
@@ -151,6 +151,7 @@ def _weight_calls(array: Any, tp: int, tokens: int) -> dict[str, tuple[tuple[Any
         "routed_experts": ((x, *choice, *experts, x), {"activation": swiglu, "num_experts": 128}),
         "add_norm": ((x, x, array(6144)), {"eps": 1e-6}),
         "choose_experts": ((array(tokens, 128, **f32), array(128, **f32)), {"num_chosen": 4}),
+        "route_tokens": ((array(min(tokens, 64), 6144), array(6144, 128, **f32), array(128, **f32)), {"num_chosen": 4}),
     }
 
 
@@ -173,7 +174,7 @@ def _report(op: str, files: set[Path], ptxas: str) -> None:
             counts[name] = {label: len(re.findall(pattern, entry)) for label, pattern in INSTRUCTIONS.items()}
     others = 0
     for name, grid, threads, shared in found:
-        if "fusion" in name or name.startswith("sort"):
+        if "fusion" in name or (name.startswith("sort") and name != "sort_pairs"):
             others += 1
             continue
         registers, spills = resources.get(name, (0, 0))

@@ -27,6 +27,7 @@ ARGS = {
     "grouped_matmul": {"x": jnp.zeros((5, 32)), "w": jnp.zeros((3, 32, 4)), "group_sizes": jnp.array([1, 2, 0])},
     "add_norm": {"x": jnp.zeros((5, 32)), "update": jnp.zeros((5, 32)), "weight": jnp.zeros(32), "eps": 1e-6},
     "choose_experts": {"logits": jnp.zeros((5, 8)), "bias": jnp.zeros(8), "num_chosen": 2},
+    "route_tokens": {"x": jnp.zeros((5, 32)), "weight": jnp.zeros((32, 8)), "bias": jnp.zeros(8), "num_chosen": 2},
     "matmul": {"x": jnp.zeros((5, 32)), "w": jnp.zeros((32, 4))},
     "routed_experts": {
         "x": jnp.zeros((5, 32)), "expert_ids": jnp.zeros((5, 2), jnp.int32), "weights": jnp.zeros((5, 2)),
@@ -145,6 +146,13 @@ ERRORS = {
         ({"bias": jnp.zeros(4)}, "bias has E = 4: must be 8, as in logits"),
         ({"num_chosen": 0}, "num_chosen = 0: must be an integer >= 1"),
         ({"num_chosen": 9}, "num_chosen = 9: must be at most logits' E = 8"),
+    ],
+    "route_tokens": [
+        ({"x": jnp.zeros((5, 32), jnp.int32)}, "x is int32: must be one of"),
+        ({"weight": jnp.zeros((16, 8))}, "weight has H = 16: must be 32, as in x"),
+        ({"weight": jnp.zeros((32, 8), jnp.bfloat16)}, "weight is bfloat16: must be float32"),
+        ({"bias": jnp.zeros(4)}, "bias has E = 4: must be 8, as in weight"),
+        ({"num_chosen": 9}, "num_chosen = 9: must be at most weight's E = 8"),
     ],
     "matmul": [
         ({"x": jnp.zeros((5, 1, 32))}, r"x has shape \(5, 1, 32\): must be \[T, K\]"),
