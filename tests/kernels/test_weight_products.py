@@ -81,7 +81,7 @@ def test_matmul_of_several_weights(rows, inputs, quantised):
         np.testing.assert_allclose(result, expected, atol=2e-6 * max(np.abs(expected).max(initial=0), 1))
 
 
-@pytest.mark.parametrize(("rows", "inputs"), [(0, 64), (5, 64), (70, 64), (1, 256), (17, 256)])
+@pytest.mark.parametrize(("rows", "inputs"), [(0, 64), (5, 64), (1, 256)])
 def test_halves_are_joined_as_the_activation_alone_would_join_them(rows, inputs):
     """Bit by bit: where the product ends, and with split inputs in the launch that adds up."""
     assert rows == 0 or (matmul_launch(rows, inputs, 32, 96).splits > 1) == (inputs == 256)
@@ -92,7 +92,7 @@ def test_halves_are_joined_as_the_activation_alone_would_join_them(rows, inputs)
     assert expected.shape == (rows, 48)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(rows=st.integers(1, 64), columns=st.sampled_from([8, 24, 320]), splits=st.integers(2, 16))
 def test_sums_of_splits_join_halves_bit_by_bit(rows, columns, splits):
     partial = np.random.default_rng(rows).standard_normal((splits, rows, 2 * columns), np.float32)
@@ -123,7 +123,7 @@ def test_a_nan_scale_reaches_its_column_only():
     assert np.isnan(result[:, 5]).all() and np.isfinite(np.delete(result, 5, axis=1)).all()
 
 
-@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize("quantised", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize("rows", [3, 40, 700])
 def test_grouped_matmul(rows, quantised):
     @EXAMPLES
@@ -163,7 +163,7 @@ def test_groups_that_count_more_rows_than_there_are_end_with_the_rows():
     assert jitted("grouped_matmul")(x[:0], w, jnp.zeros(EXPERTS, jnp.int32)).shape == (0, WIDTH)
 
 
-@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize("quantised", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize("tokens", [1, 30, 200])
 def test_routed_experts(tokens, quantised):
     """Experts here and elsewhere, some without tokens; poisoned where nothing may be read."""
