@@ -42,7 +42,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync.aligned", "cp.async": r"cp.async.c[ag]", "ex2": "ex2"}
 OPS = (
     "index_score", "select_blocks", "sparse_attention", "dense_attention", "msa", "write_kv_index", "norm_rope",
-    "matmul", "routed_experts", "add_norm", "choose_experts",
+    "matmul", "matmul-swiglu", "routed_experts", "add_norm", "choose_experts", "route_tokens",
 )  # fmt: skip
 
 
@@ -124,12 +124,13 @@ def _compile(op: str, tp: int, tokens: int, requests: int, context: int, cache_d
     args, options = calls[op]
     device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        lowered = jax.jit(lambda *args: getattr(mk, op)(*args, impl="pallas_triton", **options)).lower(*args)
+        function = getattr(mk, op.partition("-")[0])
+        lowered = jax.jit(lambda *args: function(*args, impl="pallas_triton", **options)).lower(*args)
     lowered.compile()
 
 
 def _weight_calls(array: Any, tp: int, tokens: int) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """One rank's projections of attention, and its 16 experts; at TP1 all heads and 16 of the experts."""
+    """One rank's projections of attention, shared expert and 16 experts; at TP1 all heads and 16 of the experts."""
     import jax.numpy as jnp
 
     import minimax_kernels as mk
@@ -143,12 +144,14 @@ def _weight_calls(array: Any, tp: int, tokens: int) -> dict[str, tuple[tuple[Any
     projections = [mxfp8(6144, 128 * count) for count in (heads, kv_heads, kv_heads, kv_heads, 1)]
     choice = array(tokens, 4, dtype=jnp.int32), array(tokens, 4, **f32)
     experts = mxfp8(16, 6144, 6144), mxfp8(16, 3072, 6144)
-    activation = {"activation": mk.Swiglu(1.702, 1.0, 7.0), "num_experts": 128}
+    swiglu = mk.Swiglu(1.702, 1.0, 7.0)
     return {
         "matmul": ((x, tuple(projections)), {}),
-        "routed_experts": ((x, *choice, *experts), activation),
+        "matmul-swiglu": ((x, mxfp8(6144, 6144 // tp)), {"activation": swiglu}),
+        "routed_experts": ((x, *choice, *experts, x), {"activation": swiglu, "num_experts": 128}),
         "add_norm": ((x, x, array(6144)), {"eps": 1e-6}),
         "choose_experts": ((array(tokens, 128, **f32), array(128, **f32)), {"num_chosen": 4}),
+        "route_tokens": ((array(min(tokens, 64), 6144), array(6144, 128, **f32), array(128, **f32)), {"num_chosen": 4}),
     }
 
 
@@ -171,7 +174,7 @@ def _report(op: str, files: set[Path], ptxas: str) -> None:
             counts[name] = {label: len(re.findall(pattern, entry)) for label, pattern in INSTRUCTIONS.items()}
     others = 0
     for name, grid, threads, shared in found:
-        if "fusion" in name or name.startswith("sort"):
+        if "fusion" in name or (name.startswith("sort") and name != "sort_pairs"):
             others += 1
             continue
         registers, spills = resources.get(name, (0, 0))

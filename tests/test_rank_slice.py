@@ -134,9 +134,9 @@ def test_a_rank_alone_does_what_is_its_own():
     ids = jnp.array([[2, 0], [7, 3]])
     seen = []
 
-    def experts(rows, local_ids, weights):
+    def experts(rows, local_ids, weights, addend):
         seen.append(local_ids.tolist())
-        return rows
+        return rows + addend
 
     np.testing.assert_array_equal(comm.run_experts(experts, x, ids, ids, lambda rows: rows), 2 * x)
     assert seen == [[[0, 2], [2, 1]]]
@@ -148,6 +148,7 @@ def test_kernels_are_told_apart_by_name_and_module():
         "combine_rows": "experts", "index_score_few_rows": "score", "select_blocks": "select", "write_pages": "write",
         "sparse_attention_by_token": "attend", "merge_partials": "attend", "dense_attention": "attend",
         "choose_experts": "experts", "sort_pairs": "experts", "add_norm": "elementwise",
+        "router_logits": "matmul", "sum_splits_swiglu": "matmul",
         "several_matmuls": "matmul", "sum_splits": "matmul", "gemm_fusion_dot_12": "matmul", "norm_rope": "elementwise",
         "grouped_matmul": "experts", "index_score_many_rows": "score", "sparse_attention_by_page": "attend",
         "wrapped_add": "elementwise",

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Protocol
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-Experts: TypeAlias = Callable[
-    [Float[Array, "S H"], Int[Array, "S k"], Float[Array, "S k"]], Float[Array, "S H"]
-]  # rows, local expert ids, weights -> each row's weighted sum
+
+class Experts(Protocol):
+    """The experts of one rank."""
+
+    def __call__(
+        self,
+        x: Float[Array, "S H"],
+        expert_ids: Int[Array, "S k"],
+        weights: Float[Array, "S k"],
+        addend: Float[Array, "S H"] | None = None,
+        /,
+    ) -> Float[Array, "S H"]:
+        """Rows, local expert ids and weights to each row's weighted sum, plus its addend if there are such."""
+        ...
 
 
 def local_expert_ids(expert_ids: Int[Array, "S k"], first: Int[Array, ""] | int, count: int) -> Int[Array, "S k"]:
@@ -62,11 +73,11 @@ class Comm:
         """Brings tokens to the ranks of their experts, runs `experts` on what is there, brings the sums back, and adds.
 
         Args:
-          experts: takes rows, local expert ids and weights; an id from the number of local experts on stands for none.
+          experts: an id from the number of local experts on stands for none.
           expert_ids: of all ranks' experts.
           shared: what every token gets besides, from where it is; may run while sums come back.
         """
-        return experts(x, expert_ids, weights) + shared(x)
+        return experts(x, expert_ids, weights, shared(x))
 
 
 SINGLE_DEVICE = Comm()

@@ -7,17 +7,23 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from minimax_kernels import Mxfp8, matmul
+from minimax_kernels import Mxfp8, Swiglu, matmul
 
 FEW_ROWS = 256  # up to which a float32 product is bound by reading its weight
 
 
-def linear(x: Float[Array, "T K"], w: Float[Array, "K N"] | Mxfp8, dtype: DTypeLike | None = None) -> Array:
-    """x @ w with float32 accumulation; the result has `dtype`, by default x's.
+def linear(
+    x: Float[Array, "T K"],
+    w: Float[Array, "K N"] | Mxfp8,
+    dtype: DTypeLike | None = None,
+    *,
+    activation: Swiglu | None = None,
+) -> Array:
+    """x @ w with float32 accumulation; the result has `dtype`, by default x's. `activation` joins [gate | up].
 
     float32 operands are multiplied exactly: a GPU would round them to TF32 otherwise.
     """
-    return matmul(x, w, dtype=dtype)
+    return matmul(x, w, dtype=dtype, activation=activation)
 
 
 def linear_float32(x: Float[Array, "T K"], w: Float[Array, "K N"]) -> Float[Array, "T N"]:

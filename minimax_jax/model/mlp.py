@@ -26,5 +26,5 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "T H"]) -> Float[Array, "T H"]:
         """The result is this rank's part of the sum over tensor ranks."""
-        gated = swiglu(self.config).halves(linear(x, self.gate_up_proj.get_value()))
+        gated = linear(x, self.gate_up_proj.get_value(), activation=swiglu(self.config))
         return linear(gated, self.down_proj.get_value())

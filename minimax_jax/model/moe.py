@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -12,7 +14,9 @@ from minimax_jax.model.comm import Comm
 from minimax_jax.model.linear import linear_float32, normal_init
 from minimax_jax.model.mlp import MLP, swiglu
 from minimax_jax.model.record import ForwardRecord
-from minimax_kernels import choose_experts, routed_experts
+from minimax_kernels import choose_experts, route_tokens, routed_experts
+
+FEW_TOKENS = 64  # up to which the choice adds up the logits' partial sums, a launch less
 
 
 class Router(nnx.Module):
@@ -33,14 +37,17 @@ class Router(nnx.Module):
 
         The correction bias takes part in the choice only (`use_routing_bias`).
         """
-        return self.choose(self.logits(x))
+        if x.shape[0] > FEW_TOKENS:
+            return self.choose(self.logits(x))
+        return route_tokens(x, self.weight[...], self.e_score_correction_bias[...], **self._options)
 
     def choose(self, logits: Float[Array, "T E"]) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
         """The same from logits."""
-        return choose_experts(
-            logits, self.e_score_correction_bias[...], num_chosen=self.config.num_experts_per_tok,
-            scale=self.config.routed_scaling_factor,
-        )  # fmt: skip
+        return choose_experts(logits, self.e_score_correction_bias[...], **self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"num_chosen": self.config.num_experts_per_tok, "scale": self.config.routed_scaling_factor}
 
 
 class Experts(nnx.Module):
@@ -53,14 +60,18 @@ class Experts(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Float[Array, "T H"], expert_ids: Int[Array, "T k"], weights: Float[Array, "T k"]
+        self,
+        x: Float[Array, "T H"],
+        expert_ids: Int[Array, "T k"],
+        weights: Float[Array, "T k"],
+        addend: Float[Array, "T H"] | None = None,
     ) -> Float[Array, "T H"]:
-        """Weighted sum of each token's experts, added up in float32 in the token's own order of experts.
+        """Weighted sum of each token's experts, added up in float32 in the token's own order of experts; then `addend`.
 
         Ids from the number of experts on stand for experts elsewhere and add nothing.
         """
         return routed_experts(
-            x, expert_ids, weights, self.gate_up_proj.get_value(), self.down_proj.get_value(),
+            x, expert_ids, weights, self.gate_up_proj.get_value(), self.down_proj.get_value(), addend,
             activation=swiglu(self.config), num_experts=self.config.num_local_experts,
         )  # fmt: skip
 
@@ -75,8 +86,11 @@ class MoE(nnx.Module):
         self.layer_id = layer_id
 
     def __call__(self, x: Float[Array, "T H"], comm: Comm, record: ForwardRecord | None = None) -> Float[Array, "T H"]:
-        logits = self.gate.logits(x)
-        if record is not None:
+        if record is None:
+            choice = self.gate(x)
+        else:
+            logits = self.gate.logits(x)
             record.router_logits.append(logits)
-        expert_ids, weights = comm.route(self.layer_id, *self.gate.choose(logits))
+            choice = self.gate.choose(logits)
+        expert_ids, weights = comm.route(self.layer_id, *choice)
         return comm.run_experts(self.experts, x, expert_ids, weights, self.shared_experts)

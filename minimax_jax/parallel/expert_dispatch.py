@@ -44,7 +44,7 @@ class ExpertDispatch:
         `shared` is for this rank's own tokens, and runs while the experts' sums are on their way back.
         """
         if not self._requests:
-            return experts(x, self._local_ids(expert_ids), weights) + shared(x)
+            return experts(x, self._local_ids(expert_ids), weights, shared(x))
         all_ids, all_weights = self._all_choices(expert_ids, weights)
         if self._exchanges(all_ids.shape[0]):
             outputs, come_back = self._by_all_to_all(experts, x, all_ids, all_weights)

@@ -52,7 +52,7 @@ class SliceComm(Comm):
     ) -> Float[Array, "T H"]:
         """All tokens are here; ids of experts elsewhere become the number of experts here, which none has."""
         local = local_expert_ids(expert_ids, self._expert_place * self._experts, self._experts)
-        return experts(x, local, weights) + shared(x)
+        return experts(x, local, weights, shared(x))
 
 
 def _copied(x: Float[Array, "T H"]) -> Float[Array, "T H"]:

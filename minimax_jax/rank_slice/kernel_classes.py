@@ -20,7 +20,7 @@ _PATTERNS = tuple(
         ("select", r"select_blocks|topk|top_k"),
         ("attend", r"attention|merge_partials"),
         ("write", r"write_pages"),
-        ("matmul", r"matmul|sum_splits|gemm|gemv|nvjet|cublas|cutlass|xmma|splitk|_dot"),
+        ("matmul", r"matmul|sum_splits|router_logits|gemm|gemv|nvjet|cublas|cutlass|xmma|splitk|_dot"),
         ("copies", r"memcpy|memset|copy"),
     )
 )

@@ -16,6 +16,7 @@ from minimax_kernels.cache_types import FP8
 from minimax_kernels.implementation import dispatch
 
 BATCH = mk.Batch(jnp.zeros((2, 3), jnp.int32), jnp.array([0, 2, 5]), jnp.array([20, 48]))
+SWIGLU = mk.Swiglu(1.7, 1.0, 7.0)
 ARGS = {
     "dense_attention": {
         "q": jnp.zeros((5, 4, 8)), "k_cache": jnp.zeros((6, 2, 16, 8)), "v_cache": jnp.zeros((6, 2, 16, 8)),
@@ -26,10 +27,11 @@ ARGS = {
     "grouped_matmul": {"x": jnp.zeros((5, 32)), "w": jnp.zeros((3, 32, 4)), "group_sizes": jnp.array([1, 2, 0])},
     "add_norm": {"x": jnp.zeros((5, 32)), "update": jnp.zeros((5, 32)), "weight": jnp.zeros(32), "eps": 1e-6},
     "choose_experts": {"logits": jnp.zeros((5, 8)), "bias": jnp.zeros(8), "num_chosen": 2},
+    "route_tokens": {"x": jnp.zeros((5, 32)), "weight": jnp.zeros((32, 8)), "bias": jnp.zeros(8), "num_chosen": 2},
     "matmul": {"x": jnp.zeros((5, 32)), "w": jnp.zeros((32, 4))},
     "routed_experts": {
         "x": jnp.zeros((5, 32)), "expert_ids": jnp.zeros((5, 2), jnp.int32), "weights": jnp.zeros((5, 2)),
-        "gate_up": jnp.zeros((3, 32, 8)), "down": jnp.zeros((3, 4, 32)), "activation": mk.Swiglu(1.7, 1.0, 7.0),
+        "gate_up": jnp.zeros((3, 32, 8)), "down": jnp.zeros((3, 4, 32)), "activation": SWIGLU,
     },
     "write_index": {
         "index_cache": jnp.zeros((6, 16, 8)), "idx_k": jnp.zeros((5, 8)), "slots": jnp.arange(5, dtype=jnp.int32),
@@ -145,12 +147,21 @@ ERRORS = {
         ({"num_chosen": 0}, "num_chosen = 0: must be an integer >= 1"),
         ({"num_chosen": 9}, "num_chosen = 9: must be at most logits' E = 8"),
     ],
+    "route_tokens": [
+        ({"x": jnp.zeros((5, 32), jnp.int32)}, "x is int32: must be one of"),
+        ({"weight": jnp.zeros((16, 8))}, "weight has H = 16: must be 32, as in x"),
+        ({"weight": jnp.zeros((32, 8), jnp.bfloat16)}, "weight is bfloat16: must be float32"),
+        ({"bias": jnp.zeros(4)}, "bias has E = 4: must be 8, as in weight"),
+        ({"num_chosen": 9}, "num_chosen = 9: must be at most weight's E = 8"),
+    ],
     "matmul": [
         ({"x": jnp.zeros((5, 1, 32))}, r"x has shape \(5, 1, 32\): must be \[T, K\]"),
         ({"x": jnp.zeros((5, 32), jnp.int32)}, "x is int32: must be one of"),
         ({"w": jnp.zeros((3, 32, 4))}, r"w has shape \(3, 32, 4\): must be \[K, N\]"),
         ({"w": jnp.zeros((32, 4), jnp.int8)}, "w is int8: must be one of"),
         ({"w": (jnp.zeros((32, 4)), jnp.zeros((16, 4)))}, r"x has K = 32: must be 16, as in w\[1\]"),
+        ({"w": (jnp.zeros((32, 4)),), "activation": SWIGLU}, "activation: must be None where w is a tuple"),
+        ({"w": jnp.zeros((32, 3)), "activation": SWIGLU}, "w's last axis = 3: must be a multiple of the number of hal"),
         ({"w": ()}, r"w = \(\): must be a weight or at least one of them"),
         ({"w": mk.Mxfp8(jnp.zeros((32, 4)), jnp.zeros((1, 4)))}, "w is Mxfp8 of float32 and float32: must be float8"),
         ({"w": quantised(32, 4, scale_rows=2)}, r"w has scales \(2, 4\) for values \(32, 4\): must be"),
@@ -160,6 +171,7 @@ ERRORS = {
         ({"expert_ids": jnp.zeros((5, 2))}, "expert_ids is float32: must be an integer type"),
         ({"expert_ids": jnp.zeros((4, 2), jnp.int32)}, "expert_ids has T = 4: must be 5, as in x"),
         ({"weights": jnp.zeros((5, 3))}, r"weights is float32 of shape \(5, 3\): must be floating, of expert_ids'"),
+        ({"addend": jnp.zeros((4, 32))}, r"addend is float32 of shape \(4, 32\): must be float32 of \(5, 32\), as x"),
         ({"num_experts": 0}, "num_experts = 0: must be an integer >= 1"),
         ({"gate_up": jnp.zeros((3, 16, 8))}, "gate_up has H = 16: must be 32, as in x"),
         ({"gate_up": jnp.zeros((3, 32, 7))}, "gate_up's last axis = 7: must be a multiple of the number of halves"),

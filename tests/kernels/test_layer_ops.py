@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minimax_kernels as mk
+from minimax_kernels.route_tokens.pallas_triton import partial_logits
 from minimax_kernels.routed_experts.sort_few import can_sort_few, sort_few_pairs
 from minimax_kernels.routed_experts.sorting import sort_pairs
 
@@ -54,6 +55,49 @@ def test_choose_experts(impl, experts):
         np.testing.assert_allclose(weights, 2 * chosen / chosen.sum(axis=1, keepdims=True), rtol=1e-6)
 
     check()
+
+
+@pytest.mark.parametrize(("tokens", "hidden", "experts"), [(1, 96, 16), (13, 48, 6), (64, 1056, 128)])
+def test_route_tokens_chooses_by_the_whole_sum(tokens, hidden, experts):
+    """Of integers, whose sums are exact in any order: bit by bit the product and then the choice."""
+    routed, of_logits = (
+        jax.jit(functools.partial(op, num_chosen=4, scale=2.0, impl="pallas_triton_interpret"))
+        for op in (mk.route_tokens, mk.choose_experts)
+    )
+
+    @settings(max_examples=4, deadline=None)
+    @given(seed=st.integers(0, 1000))
+    def check(seed):
+        random = np.random.default_rng(seed)
+        x = random.integers(-3, 4, (tokens, hidden)).astype(np.float32)
+        weight = (random.integers(-8, 9, (hidden, experts)) / 2**7).astype(np.float32)
+        bias = random.random(experts, np.float32)
+        for found, expected in zip(
+            routed(jnp.asarray(x, jnp.bfloat16), weight, bias), of_logits(x @ weight, bias), strict=True
+        ):
+            np.testing.assert_array_equal(found, expected)
+
+    check()
+
+
+def test_partial_logits_are_float32_products():
+    """Not of TF32 or bfloat16: weights of 24 bits count in full."""
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.standard_normal((13, 256)), jnp.bfloat16)
+    weight = random.standard_normal((256, 48)).astype(np.float32)
+    sums = partial_logits(x, jnp.asarray(weight), interpret=True)
+    expected = np.asarray(x, np.float64) @ weight.astype(np.float64)
+    np.testing.assert_allclose(np.asarray(sums, np.float64).sum(axis=0), expected, atol=2e-7 * np.abs(expected).max())
+
+
+def test_the_router_of_few_tokens_says_what_it_does_not_serve():
+    run = functools.partial(mk.route_tokens, num_chosen=2, impl="pallas_triton_interpret")
+    ids, weights = run(jnp.zeros((0, 32)), jnp.zeros((32, 16)), jnp.zeros(16))
+    assert ids.shape == weights.shape == (0, 2)
+    with pytest.raises(NotImplementedError, match="65 tokens are more than 64"):
+        run(jnp.zeros((65, 32)), jnp.zeros((32, 16)), jnp.zeros(16))
+    with pytest.raises(NotImplementedError, match="H = 24 of the weight is not a multiple of 16"):
+        run(jnp.zeros((3, 24)), jnp.zeros((24, 8)), jnp.zeros(8))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

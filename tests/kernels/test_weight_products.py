@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import minimax_kernels as mk
 from minimax_kernels.implementation import _with_gradient_of
 from minimax_kernels.matmul.slabs import LEAST_ROWS, takes_slabs
+from minimax_kernels.matmul.sum_splits import sum_splits
 from minimax_kernels.matmul_launches import FEW_ROWS, group_launch, matmul_launch
 from minimax_kernels.mxfp8_tile import dequantize_tile
 from minimax_kernels.routed_experts import reference
@@ -80,6 +81,26 @@ def test_matmul_of_several_weights(rows, inputs, quantised):
         np.testing.assert_allclose(result, expected, atol=2e-6 * max(np.abs(expected).max(initial=0), 1))
 
 
+@pytest.mark.parametrize(("rows", "inputs"), [(0, 64), (5, 64), (1, 256)])
+def test_halves_are_joined_as_the_activation_alone_would_join_them(rows, inputs):
+    """Bit by bit: where the product ends, and with split inputs in the launch that adds up."""
+    assert rows == 0 or (matmul_launch(rows, inputs, 32, 96).splits > 1) == (inputs == 256)
+    random = np.random.default_rng(rows)
+    x, (w, _) = rows_of(random, rows, inputs) * 0.01, weight(random, inputs, 96)
+    expected = ACTIVATION.halves(jitted("matmul")(x, w))
+    np.testing.assert_array_equal(jitted("matmul", activation=ACTIVATION)(x, w), expected)
+    assert expected.shape == (rows, 48)
+
+
+@settings(max_examples=3, deadline=None)
+@given(rows=st.integers(1, 64), columns=st.sampled_from([8, 24, 320]), splits=st.integers(2, 16))
+def test_sums_of_splits_join_halves_bit_by_bit(rows, columns, splits):
+    partial = np.random.default_rng(rows).standard_normal((splits, rows, 2 * columns), np.float32)
+    (found,) = sum_splits([partial], dtype=jnp.bfloat16, activation=ACTIVATION, interpret=True)
+    total = functools.reduce(np.add, partial)  # in order, as the kernel has it
+    np.testing.assert_array_equal(found, ACTIVATION.halves(jnp.asarray(total, jnp.bfloat16)))
+
+
 def test_routed_experts_below_cover_split_inputs_and_joined_halves():
     launches = [group_launch(rows, EXPERTS, HIDDEN, WIDTH, 2 * WIDTH, joined=True) for rows in (1, 90, 300)]
     assert [launch.splits > 1 for launch in launches] == [True, False, False]
@@ -102,7 +123,7 @@ def test_a_nan_scale_reaches_its_column_only():
     assert np.isnan(result[:, 5]).all() and np.isfinite(np.delete(result, 5, axis=1)).all()
 
 
-@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize("quantised", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize("rows", [3, 40, 700])
 def test_grouped_matmul(rows, quantised):
     @EXAMPLES
@@ -142,7 +163,7 @@ def test_groups_that_count_more_rows_than_there_are_end_with_the_rows():
     assert jitted("grouped_matmul")(x[:0], w, jnp.zeros(EXPERTS, jnp.int32)).shape == (0, WIDTH)
 
 
-@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize("quantised", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize("tokens", [1, 30, 200])
 def test_routed_experts(tokens, quantised):
     """Experts here and elsewhere, some without tokens; poisoned where nothing may be read."""
@@ -169,6 +190,10 @@ def test_routed_experts(tokens, quantised):
         weights = random.random(ids.shape).astype(np.float32)
         run = jitted("routed_experts", activation=ACTIVATION, num_experts=2 * EXPERTS)
         result = np.asarray(run(x, ids, weights, gate_up, down), np.float64)
+        if quantised and tokens < 200:
+            addend = rows_of(random, tokens, HIDDEN) * jnp.bfloat16(result.std())
+            together = run(x, ids, weights, gate_up, down, addend)
+            np.testing.assert_array_equal(together, jnp.asarray(result, jnp.bfloat16) + addend)
         expected = experts_in_float64(np.asarray(x, np.float64), ids, weights, wide_gate_up, wide_down)
         np.testing.assert_allclose(result, expected, atol=0.02 * max(np.abs(expected).max(), 1e-3))
 

@@ -39,9 +39,10 @@ def parallel_of(way):
 def experts_of(factors):
     """Experts that multiply by a number each; their ids are local ones, of which `len(factors)` is none."""
 
-    def run(x, expert_ids, weights):
+    def run(x, expert_ids, weights, addend=None):
         known = jnp.where(expert_ids < factors.shape[0], factors[jnp.minimum(expert_ids, factors.shape[0] - 1)], 0)
-        return x * (known * weights).sum(axis=1, keepdims=True)
+        total = x * (known * weights).sum(axis=1, keepdims=True)
+        return total if addend is None else total + addend
 
     return run
 

@@ -1,6 +1,6 @@
 """The router's choice in one launch: a token's scores stay in registers, its best are taken one after another.
 
-XLA sorts all scores and takes three launches for it.
+XLA sorts all scores and takes three launches for it. Logits may come as partial sums, which are added up here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from minimax_kernels.triton_call import Launch, ceil_div, next_power_of_two, triton_call
 
-TOKENS = 8  # of a program
+TOKENS, TOKENS_OF_SUMS = 8, 4  # of a program; with sums to read, more programs read at a time
 MOST_EXPERTS, MOST_CHOSEN = 512, 16
 LAUNCH = Launch(num_warps=4, num_stages=1)
 
@@ -30,7 +30,14 @@ def choose_experts(
     interpret: bool = False,
 ) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
     """See `minimax_kernels.choose_experts`."""
-    num_tokens, num_experts = logits.shape
+    return choose_experts_of_sums(logits[None], bias, num_chosen=num_chosen, scale=scale, interpret=interpret)
+
+
+def choose_experts_of_sums(
+    sums: Float[Array, "splits T E"], bias: Float[Array, "E"], *, num_chosen: int, scale: float, interpret: bool
+) -> tuple[Int[Array, "T k"], Float[Array, "T k"]]:
+    """The choice of the logits that these are partial sums of: added up in order, in float32."""
+    splits, num_tokens, num_experts = sums.shape
     if num_experts > MOST_EXPERTS or num_chosen > MOST_CHOSEN:
         raise NotImplementedError(
             f"pallas_triton: {num_chosen} of {num_experts} experts: at most {MOST_CHOSEN} of {MOST_EXPERTS}"
@@ -38,11 +45,12 @@ def choose_experts(
     shape = (num_tokens, num_chosen)
     if num_tokens == 0:
         return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+    tokens = TOKENS if splits == 1 else TOKENS_OF_SUMS
     return triton_call(
-        functools.partial(_choose_kernel, num_chosen=num_chosen, scale=scale),
-        [logits, bias],
+        functools.partial(_choose_kernel, tokens=tokens, num_chosen=num_chosen, scale=scale),
+        [sums, bias],
         (jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)),
-        grid=(ceil_div(num_tokens, TOKENS),),
+        grid=(ceil_div(num_tokens, tokens),),
         launch=LAUNCH,
         name="choose_experts",
         interpret=interpret,
@@ -50,19 +58,22 @@ def choose_experts(
 
 
 def _choose_kernel(
-    logits_ref: Any, bias_ref: Any, ids_ref: Any, weights_ref: Any, *, num_chosen: int, scale: float
+    sums_ref: Any, bias_ref: Any, ids_ref: Any, weights_ref: Any, *, tokens: int, num_chosen: int, scale: float
 ) -> None:
-    num_tokens, num_experts = logits_ref.shape
-    token = pl.program_id(0) * TOKENS + jnp.arange(TOKENS, dtype=jnp.int32)
+    splits, num_tokens, num_experts = sums_ref.shape
+    token = pl.program_id(0) * tokens + jnp.arange(tokens, dtype=jnp.int32)
     expert = jnp.arange(next_power_of_two(num_experts), dtype=jnp.int32)
     real = expert < num_experts
     at = jnp.minimum(token, num_tokens - 1)[:, None], jnp.minimum(expert, num_experts - 1)[None, :]
-    scores = jax.nn.sigmoid(logits_ref[at])
+    logits = sums_ref[(0, *at)]
+    for split in range(1, splits):  # unrolled: all loads are under way together
+        logits += sums_ref[(split, *at)]
+    scores = jax.nn.sigmoid(logits)
     left = jnp.where(real, scores + bias_ref[at[1]], -jnp.inf)
     # a token with a NaN chooses experts like any other, and its weights say what it is
     left = jnp.where(left == left, left, jnp.where(real, jnp.inf, -jnp.inf))
     column = jnp.arange(next_power_of_two(num_chosen), dtype=jnp.int32)[None, :]
-    ids = jnp.zeros((TOKENS, column.shape[1]), jnp.int32)
+    ids = jnp.zeros((tokens, column.shape[1]), jnp.int32)
     chosen = jnp.zeros(ids.shape, jnp.float32)
     free = jnp.broadcast_to(real[None, :], left.shape)
     for i in range(num_chosen):

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
@@ -20,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from minimax_kernels.group_tiles import locate_group, num_group_tiles
 from minimax_kernels.matmul_launches import MatmulLaunch, group_launch, largest_divisor
 from minimax_kernels.mxfp8 import Mxfp8
-from minimax_kernels.swiglu import Swiglu
+from minimax_kernels.swiglu import Swiglu, paired_columns
 from minimax_kernels.triton_call import ceil_div, triton_call
 from minimax_kernels.triton_support import require_weight
 from minimax_kernels.weight_tiles import Weight, WeightTiles, multiply_tile, weight_refs
@@ -121,9 +120,10 @@ def _group_kernel(
         at = sources[0][at] if gather else at
         inputs = jnp.arange(launch.block_k, dtype=jnp.int32)
         there = jnp.broadcast_to(live[:, None], (size, launch.block_k))  # rows that are not there take no traffic
-        offset = jnp.arange(launch.block_n * (2 if activation else 1), dtype=jnp.int32)
-        # of [gate | up] the same columns of each
-        columns = column + offset + lax.div(offset, launch.block_n) * (width // 2 - launch.block_n)
+        if activation is None:
+            columns = column + jnp.arange(launch.block_n, dtype=jnp.int32)
+        else:
+            columns = paired_columns(column, launch.block_n, width)
         total = multiply_tile(
             lambda k: plgpu.load(x_ref.at[at[:, None], (k + inputs)[None, :]], mask=there, other=0.0),
             WeightTiles(weight, tile.group),
@@ -134,7 +134,7 @@ def _group_kernel(
         if activation is None:
             store(total)
         else:  # of what the product alone would have given, in the type of the rows
-            store(activation(*_cut_in_two(total.astype(x_ref.dtype))))
+            store(activation.of_tile(total.astype(x_ref.dtype)))
 
     in_group = (tile.num_rows > 0) & (tile.group < num_groups)
     half = launch.block_m // 2
@@ -146,11 +146,3 @@ def _group_kernel(
     if zero_rest:
         zeros = jnp.zeros((launch.block_m, launch.block_n), jnp.float32)
         pl.when((tile.num_rows > 0) & (tile.group == num_groups))(functools.partial(store, zeros))
-
-
-def _cut_in_two(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The halves of [rows, 2 * columns], by sums that have one term, as tiles cannot be sliced."""
-    parts = x.reshape(x.shape[0], 2, x.shape[1] // 2)
-    second = lax.broadcasted_iota(jnp.int32, parts.shape, 1) == 1
-    zeros = jnp.zeros_like(parts)
-    return jnp.where(second, zeros, parts).sum(axis=1), jnp.where(second, parts, zeros).sum(axis=1)

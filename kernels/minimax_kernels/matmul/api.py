@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Any, overload
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -12,6 +12,7 @@ from minimax_kernels import checks
 from minimax_kernels.implementation import dispatch, implementations
 from minimax_kernels.matmul import pallas_triton, reference
 from minimax_kernels.mxfp8 import Mxfp8
+from minimax_kernels.swiglu import Swiglu
 from minimax_kernels.weight_tiles import Weight
 
 _IMPLEMENTATIONS = implementations(pallas_triton.matmul, reference.matmul)
@@ -19,7 +20,12 @@ _IMPLEMENTATIONS = implementations(pallas_triton.matmul, reference.matmul)
 
 @overload
 def matmul(
-    x: Float[Array, "T K"], w: Weight, *, dtype: DTypeLike | None = None, impl: str | None = None
+    x: Float[Array, "T K"],
+    w: Weight,
+    *,
+    dtype: DTypeLike | None = None,
+    activation: Swiglu | None = None,
+    impl: str | None = None,
 ) -> Float[Array, "T N"]: ...
 
 
@@ -34,6 +40,7 @@ def matmul(
     w: Weight | tuple[Weight, ...],
     *,
     dtype: DTypeLike | None = None,
+    activation: Swiglu | None = None,
     impl: str | None = None,
 ) -> Float[Array, "T N"] | tuple[Float[Array, "T N"], ...]:
     """x @ w, accumulated in float32; the results have `dtype`, by default x's.
@@ -44,6 +51,8 @@ def matmul(
 
     Args:
       w: [K, N], or a tuple of such with one K; then the results are a tuple.
+      activation: for one weight [K, 2 * N] of [gate | up], joins the halves of the product as `dtype` has it; the
+        result is [T, N].
 
     Raises:
       ValueError: for shapes or types that do not fit.
@@ -58,7 +67,11 @@ def matmul(
         name = f"w[{i}]" if isinstance(w, tuple) else "w"
         check_weight(name, weight, "[K, N]")
         checks.check_extent("x", "K", x.shape[1], weight.shape[0], f"in {name}")
-    options = {"dtype": jnp.dtype(x.dtype if dtype is None else dtype)}
+    if activation is not None:
+        if isinstance(w, tuple):
+            raise ValueError("activation: must be None where w is a tuple, as it joins the halves of one weight")
+        checks.check_multiple("w's last axis", w.shape[1], "the number of halves", 2)
+    options: dict[str, Any] = {"activation": activation, "dtype": jnp.dtype(x.dtype if dtype is None else dtype)}
     if impl is None and pallas_triton.left_to_xla(x, weights):
         results = reference.matmul(x, weights, **options)
     else:

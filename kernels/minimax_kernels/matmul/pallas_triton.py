@@ -3,7 +3,8 @@
 Few rows split the inputs over programs, so that all memory is read at once. An MXFP8 weight's bytes go from memory to
 shared memory to registers, become bfloat16 there and meet the rows in the matrix units. With one split a program
 writes its tile; with several they write float32 partial sums. XLA adds them up inside whatever reads the result; those
-of several weights are a launch of their own. Thousands of rows take wide weights by slabs (`slabs.py`).
+of several weights, or of [gate | up] whose halves are joined, are a launch of their own. Without splits the halves are
+joined where the product ends. Thousands of rows take wide weights by slabs (`slabs.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from minimax_kernels.matmul.slabs import multiply_by_slabs, takes_slabs
 from minimax_kernels.matmul.sum_splits import sum_splits
 from minimax_kernels.matmul_launches import FEW_ROWS, MatmulLaunch, largest_divisor, matmul_launch
 from minimax_kernels.mxfp8 import Mxfp8
+from minimax_kernels.swiglu import Swiglu, paired_columns
 from minimax_kernels.triton_call import ceil_div, triton_call
 from minimax_kernels.triton_support import require_weight
 from minimax_kernels.weight_tiles import Weight, WeightTiles, multiply_tile, weight_refs
@@ -34,6 +36,7 @@ def matmul(
     weights: Sequence[Weight],
     *,
     dtype: DTypeLike,
+    activation: Swiglu | None = None,
     interpret: bool = False,
     launch: MatmulLaunch | None = None,
 ) -> tuple[Float[Array, "T N"], ...]:
@@ -43,27 +46,29 @@ def matmul(
     for weight in weights:
         require_weight(x, weight, interpret=interpret)
     if launch is None and any(takes_slabs(x.shape[0], weight) for weight in weights):
-        return _some_by_slabs(x, weights, dtype, interpret)
+        products = _some_by_slabs(x, weights, dtype, interpret)
+        return products if activation is None else tuple(map(activation.halves, products))
     num_rows, in_features = x.shape
     widths = [weight.shape[1] for weight in weights]
     divisor = min(largest_divisor(width, 1 << 30) for width in widths)
     quantized = isinstance(weights[0], Mxfp8)
     launch = launch or matmul_launch(num_rows, in_features, divisor, sum(widths), quantized=quantized)
     ends = list(itertools.accumulate(widths, initial=0))
-    if num_rows == 0:
-        return tuple(jnp.zeros((0, width), dtype) for width in widths)
     split = launch.splits > 1
+    joined = activation is not None and not split
+    if num_rows == 0:
+        return tuple(jnp.zeros((0, width if activation is None else width // 2), dtype) for width in widths)
     refs = [weight_refs(weight) for weight in weights]
     results = triton_call(
         functools.partial(
             _matmul_kernel, ends=ends, parts=list(map(len, refs)), launch=launch,
-            steps=in_features // launch.block_k, interpret=interpret,
+            steps=in_features // launch.block_k, activation=activation if joined else None, interpret=interpret,
         ),
         [x, *itertools.chain.from_iterable(refs)],
         tuple(
             jax.ShapeDtypeStruct((launch.splits, num_rows, width), jnp.float32)
             if split
-            else jax.ShapeDtypeStruct((num_rows, width), dtype)
+            else jax.ShapeDtypeStruct((num_rows, width // 2 if joined else width), dtype)
             for width in widths
         ),
         grid=(ends[-1] // launch.block_n, ceil_div(num_rows, launch.block_m), launch.splits),
@@ -71,8 +76,8 @@ def matmul(
         name="mxfp8_matmul" if quantized else "several_matmuls",
         interpret=interpret,
     )  # fmt: skip
-    if split and len(results) > 1:
-        return sum_splits(results, dtype=dtype, interpret=interpret)
+    if split and (len(results) > 1 or activation is not None):
+        return sum_splits(results, dtype=dtype, activation=activation, interpret=interpret)
     return tuple(result.sum(axis=0).astype(dtype) for result in results) if split else results
 
 
@@ -99,8 +104,9 @@ def left_to_xla(x: jax.Array, weights: Sequence[Weight]) -> bool:
 
 
 def _matmul_kernel(
-    x_ref: Any, *refs: Any, ends: list[int], parts: list[int], launch: MatmulLaunch, steps: int, interpret: bool
-) -> None:
+    x_ref: Any, *refs: Any, ends: list[int], parts: list[int], launch: MatmulLaunch, steps: int,
+    activation: Swiglu | None, interpret: bool,
+) -> None:  # fmt: skip
     weights, firsts = len(ends) - 1, list(itertools.accumulate(parts, initial=0))
     num_rows = x_ref.shape[0]
     column_tile, row_tile, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -118,14 +124,20 @@ def _matmul_kernel(
 
     def multiply(i: int) -> None:
         out_ref, begin_column = refs[firsts[-1] + i], column_tile * launch.block_n - ends[i]
-        column = begin_column + jnp.arange(launch.block_n, dtype=jnp.int32)
+        column = columns = begin_column + jnp.arange(launch.block_n, dtype=jnp.int32)
+        if activation is not None:  # the tile's columns are half of gate and half of up
+            half = launch.block_n // 2
+            column = column_tile * half + jnp.arange(half, dtype=jnp.int32)
+            columns = paired_columns(column_tile * half, half, ends[-1])
         result = multiply_tile(
             rows_at,
             WeightTiles(refs[firsts[i] : firsts[i + 1]]),
-            column,
+            columns,
             num_rows=launch.block_m, block_k=launch.block_k,
             begin=begin, stop=jnp.minimum(begin + per_split, steps), ahead=launch.ahead, interpret=interpret,
         )  # fmt: skip
+        if activation is not None:  # of what the product alone would have given
+            result = activation.of_tile(result.astype(out_ref.dtype))
         to_row = jnp.where(row < num_rows, row, num_rows)
         to = (to_row[:, None], column[None, :])
         plgpu.store(

@@ -10,10 +10,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from minimax_kernels.mxfp8 import Mxfp8, dequantize
+from minimax_kernels.swiglu import Swiglu
 from minimax_kernels.weight_tiles import Weight
 
 
-def matmul(x: Float[Array, "T K"], weights: Sequence[Weight], *, dtype: DTypeLike) -> tuple[Float[Array, "T N"], ...]:
+def matmul(
+    x: Float[Array, "T K"], weights: Sequence[Weight], *, dtype: DTypeLike, activation: Swiglu | None = None
+) -> tuple[Float[Array, "T N"], ...]:
     """See `minimax_kernels.matmul`."""
 
     def multiply(w: Weight) -> Array:
@@ -22,4 +25,5 @@ def matmul(x: Float[Array, "T K"], weights: Sequence[Weight], *, dtype: DTypeLik
         precision = jax.lax.Precision.HIGHEST if jnp.float32 in (x.dtype, matrix.dtype) else None
         return jnp.matmul(x, matrix, precision=precision, preferred_element_type=jnp.float32).astype(dtype)
 
-    return tuple(map(multiply, weights))
+    products = map(multiply, weights)
+    return tuple(products if activation is None else map(activation.halves, products))

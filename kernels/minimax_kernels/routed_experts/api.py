@@ -21,6 +21,7 @@ def routed_experts(
     weights: Float[Array, "T k"],
     gate_up: Weight,
     down: Weight,
+    addend: Float[Array, "T H"] | None = None,
     *,
     activation: Swiglu,
     num_experts: int | None = None,
@@ -34,6 +35,7 @@ def routed_experts(
     Args:
       gate_up: [E, H, 2 * F], [gate | up].
       down: [E, F, H].
+      addend: of x's type, what each token gets besides (a shared expert's output), added to the rounded sum.
       num_experts: how many experts the ids were chosen from, here and elsewhere, at least 1; None if all are here. A
         guess of how many rows come here, from which tiles are chosen; any number gives the same result.
 
@@ -63,7 +65,11 @@ def routed_experts(
         (2, "H", x.shape[1], "in x"),
     ):
         checks.check_extent("down", name, down.shape[axis], expected, source)
+    if addend is not None and (addend.shape != x.shape or addend.dtype != x.dtype):
+        raise ValueError(
+            f"addend is {addend.dtype} of shape {tuple(addend.shape)}: must be {x.dtype} of {tuple(x.shape)}, as x"
+        )
     return dispatch(
-        "routed_experts", _IMPLEMENTATIONS, impl, x, expert_ids, weights, gate_up, down,
+        "routed_experts", _IMPLEMENTATIONS, impl, x, expert_ids, weights, gate_up, down, addend,
         differentiable=True, activation=activation, num_experts=num_experts,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Adds up each token's rows, weighted, in the token's own order of experts."""
+"""Adds up each token's rows, weighted, in the token's own order of experts, and what the token gets besides."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def combine_rows(
     place: Int[Array, "T k"],
     weights: Float[Array, "T k"],
     group_sizes: Int[Array, "E"],
+    addend: Float[Array, "T H"] | None = None,
     *,
     dtype: DTypeLike,
     interpret: bool,
@@ -32,13 +33,14 @@ def combine_rows(
 
     Args:
       rows: partial sums are added first, and rounded to `dtype` as a product without splits would have been.
+      addend: added to the sum after that is rounded to `dtype`.
     """
     splits, _, hidden = rows.shape
     num_tokens, per_token = place.shape
     tokens, columns = min(TOKENS, next_power_of_two(num_tokens)), largest_divisor(hidden, COLUMNS)
     return triton_call(
         functools.partial(_combine_kernel, splits=splits, per_token=per_token, tokens=tokens, columns=columns),
-        [rows, place, weights, group_sizes],
+        [rows, place, weights, group_sizes, *([] if addend is None else [addend])],
         jax.ShapeDtypeStruct((num_tokens, hidden), dtype),
         grid=(ceil_div(num_tokens, tokens), hidden // columns),
         launch=LAUNCH,
@@ -48,9 +50,10 @@ def combine_rows(
 
 
 def _combine_kernel(
-    rows_ref: Any, place_ref: Any, weights_ref: Any, sizes_ref: Any, out_ref: Any,
-    *, splits: int, per_token: int, tokens: int, columns: int,
+    rows_ref: Any, place_ref: Any, weights_ref: Any, sizes_ref: Any, *refs: Any,
+    splits: int, per_token: int, tokens: int, columns: int,
 ) -> None:  # fmt: skip
+    addends, out_ref = refs[:-1], refs[-1]
     num_tokens, num_groups = out_ref.shape[0], sizes_ref.shape[0]
     group = jnp.arange(next_power_of_two(num_groups), dtype=jnp.int32)
     written = jnp.sum(plgpu.load(sizes_ref.at[group], mask=group < num_groups, other=0), dtype=jnp.int32)
@@ -70,8 +73,12 @@ def _combine_kernel(
             output += part.astype(jnp.float32)
         weight = weights_ref[at, jnp.full_like(at, choice)].astype(jnp.float32)
         total += output.astype(out_ref.dtype).astype(jnp.float32) * weight[:, None]
+    total = total.astype(out_ref.dtype)
+    for addend_ref in addends:  # one or none
+        addend = addend_ref[at[:, None], column[None, :]].astype(jnp.float32)
+        total = (total.astype(jnp.float32) + addend).astype(out_ref.dtype)
     plgpu.store(
         out_ref.at[jnp.where(token < num_tokens, token, num_tokens)[:, None], column[None, :]],
-        total.astype(out_ref.dtype),
+        total,
         mask=jnp.broadcast_to((token < num_tokens)[:, None], total.shape),
     )

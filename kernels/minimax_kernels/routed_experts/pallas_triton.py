@@ -2,7 +2,7 @@
 
 Nothing is padded to the number of experts and no row is copied: the first product gathers its rows, programs find
 their expert by themselves, experts without tokens are not read, and pairs of experts elsewhere are never computed.
-With a handful of tokens the inputs are split over programs, and the activation is XLA's, over the partial sums.
+With a handful of tokens the inputs are split over programs, and a launch more adds up and joins the halves.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minimax_kernels.grouped_matmul.pallas_triton import multiply_groups
+from minimax_kernels.matmul.sum_splits import sum_splits
 from minimax_kernels.matmul_launches import group_launch, largest_divisor
 from minimax_kernels.mxfp8 import Mxfp8
 from minimax_kernels.routed_experts.combine import combine_rows
@@ -29,6 +30,7 @@ def routed_experts(
     weights: Float[Array, "T k"],
     gate_up: Weight,
     down: Weight,
+    addend: Float[Array, "T H"] | None = None,
     *,
     activation: Swiglu,
     num_experts: int | None = None,
@@ -38,7 +40,7 @@ def routed_experts(
     require_weight(x, gate_up, interpret=interpret)
     require_weight(x, down, interpret=interpret)
     if expert_ids.size == 0:
-        return jnp.zeros_like(x)
+        return jnp.zeros_like(x) if addend is None else addend
     local, hidden, width = gate_up.shape
     num_rows = expert_ids.size
     if can_sort_few(num_rows, local):
@@ -55,10 +57,10 @@ def routed_experts(
         launch=launch, interpret=interpret,
     )  # fmt: skip
     if not joined:
-        gated = activation.halves(gated.sum(axis=0).astype(x.dtype))
+        (gated,) = sum_splits([gated], dtype=x.dtype, activation=activation, interpret=interpret)
     sizes["quantized"] = isinstance(down, Mxfp8)
     launch = group_launch(rows_here, local, down.shape[1], hidden, hidden, **sizes)
     rows = multiply_groups(gated, down, pairs.group_sizes, launch=launch, interpret=interpret)
     if launch.splits == 1:
         rows = rows[None]
-    return combine_rows(rows, pairs.place, weights, pairs.group_sizes, dtype=x.dtype, interpret=interpret)
+    return combine_rows(rows, pairs.place, weights, pairs.group_sizes, addend, dtype=x.dtype, interpret=interpret)

@@ -17,6 +17,7 @@ def routed_experts(
     weights: Float[Array, "T k"],
     gate_up: Weight,
     down: Weight,
+    addend: Float[Array, "T H"] | None = None,
     *,
     activation: Swiglu,
     num_experts: int | None = None,
@@ -27,4 +28,5 @@ def routed_experts(
     gated = activation.halves(grouped_matmul(x[pairs.source], gate_up, pairs.group_sizes))
     rows = grouped_matmul(gated, down, pairs.group_sizes)
     outputs = rows[pairs.place].reshape(num_tokens, per_token, -1).astype(jnp.float32)
-    return (outputs * weights[..., None]).sum(axis=1).astype(x.dtype)
+    total = (outputs * weights[..., None]).sum(axis=1).astype(x.dtype)
+    return total if addend is None else total + addend
