@@ -44,17 +44,36 @@ def matmul(
         require_weight(x, weight, interpret=interpret)
     if launch is None and any(takes_slabs(x.shape[0], weight) for weight in weights):
         return _some_by_slabs(x, weights, dtype, interpret)
+    if x.shape[0] == 0:
+        return tuple(jnp.zeros((0, weight.shape[1]), dtype) for weight in weights)
+    results = partial_products(x, weights, dtype=dtype, interpret=interpret, launch=launch)
+    if results[0].ndim == 2:
+        return results
+    if len(results) > 1:
+        return sum_splits(results, dtype=dtype, interpret=interpret)
+    return tuple(result.sum(axis=0).astype(dtype) for result in results)
+
+
+def partial_products(
+    x: Float[Array, "T K"],
+    weights: Sequence[Weight],
+    *,
+    dtype: DTypeLike,
+    interpret: bool,
+    launch: MatmulLaunch | None = None,
+) -> tuple[Float[Array, "splits T N"], ...] | tuple[Float[Array, "T N"], ...]:
+    """One launch: the products in `dtype`, or where inputs are split float32 partial sums, whose number all share.
+
+    T is at least 1, and the weights are as `require_weight` wants them.
+    """
     num_rows, in_features = x.shape
     widths = [weight.shape[1] for weight in weights]
     divisor = min(largest_divisor(width, 1 << 30) for width in widths)
     quantized = isinstance(weights[0], Mxfp8)
     launch = launch or matmul_launch(num_rows, in_features, divisor, sum(widths), quantized=quantized)
     ends = list(itertools.accumulate(widths, initial=0))
-    if num_rows == 0:
-        return tuple(jnp.zeros((0, width), dtype) for width in widths)
-    split = launch.splits > 1
     refs = [weight_refs(weight) for weight in weights]
-    results = triton_call(
+    return triton_call(
         functools.partial(
             _matmul_kernel, ends=ends, parts=list(map(len, refs)), launch=launch,
             steps=in_features // launch.block_k, interpret=interpret,
@@ -62,7 +81,7 @@ def matmul(
         [x, *itertools.chain.from_iterable(refs)],
         tuple(
             jax.ShapeDtypeStruct((launch.splits, num_rows, width), jnp.float32)
-            if split
+            if launch.splits > 1
             else jax.ShapeDtypeStruct((num_rows, width), dtype)
             for width in widths
         ),
@@ -71,9 +90,6 @@ def matmul(
         name="mxfp8_matmul" if quantized else "several_matmuls",
         interpret=interpret,
     )  # fmt: skip
-    if split and len(results) > 1:
-        return sum_splits(results, dtype=dtype, interpret=interpret)
-    return tuple(result.sum(axis=0).astype(dtype) for result in results) if split else results
 
 
 def _some_by_slabs(
