@@ -16,6 +16,7 @@ from minimax_kernels.matmul.api import matmul
 from minimax_kernels.msa.api import msa
 from minimax_kernels.mxfp8 import Mxfp8
 from minimax_kernels.norm_rope.api import norm_rope
+from minimax_kernels.project_norm_rope.api import project_norm_rope
 from minimax_kernels.route_tokens.api import route_tokens
 from minimax_kernels.routed_experts.api import routed_experts
 from minimax_kernels.select_blocks.api import select_blocks
@@ -39,6 +40,7 @@ __all__ = [
     "msa",
     "norm_rope",
     "packed_batch",
+    "project_norm_rope",
     "rms_norm",
     "route_tokens",
     "routed_experts",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import jax
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -13,7 +12,7 @@ from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.model.linear import linear, normal_init
 from minimax_jax.model.norm import RMSNorm
 from minimax_jax.model.rope import RopeTables
-from minimax_kernels import Mxfp8, matmul, norm_rope
+from minimax_kernels import project_norm_rope
 
 
 class Attend(Protocol):
@@ -58,27 +57,21 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "T H"], rope: RopeTables, attend: Attend) -> Float[Array, "T H"]:
         """The result is this rank's part of the sum over tensor ranks."""
-        num_tokens, head_dim, index_dim = x.shape[0], self.config.head_dim, self.config.index_head_dim
-
-        def heads(product: Array, channels: int) -> Array:
-            return product.reshape(num_tokens, -1, channels)
-
-        q, k, v, *index = self._project(x)
-        turned = [heads(q, head_dim), heads(k, head_dim), *(heads(x, index_dim) for x in index)]
-        norms = [self.q_norm, self.k_norm, *([self.index_q_norm, self.index_k_norm] if self.sparse else [])]
-        weights = tuple(norm.weight[...] for norm in norms)
-        q, k, *index = norm_rope(tuple(turned), weights, rope.cos, rope.sin, eps=self.config.rms_norm_eps)
+        weights = [self.q_proj, self.k_proj, self.v_proj]
+        norms: list[RMSNorm | None] = [self.q_norm, self.k_norm, None]
+        if self.sparse:
+            weights += [self.index_q_proj, self.index_k_proj]
+            norms += [self.index_q_norm, self.index_k_norm]
+        q, k, v, *index = project_norm_rope(
+            x,
+            tuple(weight.get_value() for weight in weights),
+            tuple(None if norm is None else norm.weight[...] for norm in norms),
+            rope.cos,
+            rope.sin,
+            eps=self.config.rms_norm_eps,
+            # selection has no gradient, and the index branch learns from its own loss alone (MSA, training)
+            detached=len(weights) - 3,
+        )
         idx_q, idx_k = index if self.sparse else (None, None)
-        attended = attend(self.layer_id, q, k, heads(v, head_dim), idx_q, idx_k)
+        attended = attend(self.layer_id, q, k, v, idx_q, idx_k)
         return linear(attended.astype(x.dtype), self.o_proj.get_value())
-
-    def _project(self, x: Float[Array, "T H"]) -> tuple[Float[Array, "T N"], ...]:
-        """q, k, v and on sparse layers the index branch's q and k, before norms."""
-        main = (self.q_proj.get_value(), self.k_proj.get_value(), self.v_proj.get_value())
-        if not self.sparse:
-            return matmul(x, main)
-        index = (self.index_q_proj.get_value(), self.index_k_proj.get_value())
-        if isinstance(main[0], Mxfp8):  # nothing is trained in 8 bits: one launch
-            return matmul(x, main + index)
-        # selection has no gradient, and the index branch learns from its own loss alone (MSA, training)
-        return matmul(x, main) + matmul(jax.lax.stop_gradient(x), index)

@@ -48,18 +48,39 @@ def matmul(
     if launch is None and any(takes_slabs(x.shape[0], weight) for weight in weights):
         products = _some_by_slabs(x, weights, dtype, interpret)
         return products if activation is None else tuple(map(activation.halves, products))
+    if x.shape[0] == 0:
+        return tuple(jnp.zeros((0, w.shape[1] // (1 if activation is None else 2)), dtype) for w in weights)
+    options: dict[str, Any] = {"activation": activation, "dtype": dtype, "interpret": interpret}
+    results = partial_products(x, weights, launch=launch, **options)
+    if results[0].ndim == 2:
+        return results
+    if len(results) > 1 or activation is not None:
+        return sum_splits(results, **options)
+    return tuple(result.sum(axis=0).astype(dtype) for result in results)
+
+
+def partial_products(
+    x: Float[Array, "T K"],
+    weights: Sequence[Weight],
+    *,
+    dtype: DTypeLike,
+    interpret: bool,
+    activation: Swiglu | None = None,
+    launch: MatmulLaunch | None = None,
+) -> tuple[Float[Array, "splits T N"], ...] | tuple[Float[Array, "T N"], ...]:
+    """One launch: the products in `dtype`, or where inputs are split float32 partial sums, whose number all share.
+
+    T is at least 1, and the weights are as `require_weight` wants them. Partial sums have no activation yet.
+    """
     num_rows, in_features = x.shape
     widths = [weight.shape[1] for weight in weights]
     divisor = min(largest_divisor(width, 1 << 30) for width in widths)
     quantized = isinstance(weights[0], Mxfp8)
     launch = launch or matmul_launch(num_rows, in_features, divisor, sum(widths), quantized=quantized)
     ends = list(itertools.accumulate(widths, initial=0))
-    split = launch.splits > 1
-    joined = activation is not None and not split
-    if num_rows == 0:
-        return tuple(jnp.zeros((0, width if activation is None else width // 2), dtype) for width in widths)
+    joined = activation is not None and launch.splits == 1
     refs = [weight_refs(weight) for weight in weights]
-    results = triton_call(
+    return triton_call(
         functools.partial(
             _matmul_kernel, ends=ends, parts=list(map(len, refs)), launch=launch,
             steps=in_features // launch.block_k, activation=activation if joined else None, interpret=interpret,
@@ -67,7 +88,7 @@ def matmul(
         [x, *itertools.chain.from_iterable(refs)],
         tuple(
             jax.ShapeDtypeStruct((launch.splits, num_rows, width), jnp.float32)
-            if split
+            if launch.splits > 1
             else jax.ShapeDtypeStruct((num_rows, width // 2 if joined else width), dtype)
             for width in widths
         ),
@@ -76,9 +97,6 @@ def matmul(
         name="mxfp8_matmul" if quantized else "several_matmuls",
         interpret=interpret,
     )  # fmt: skip
-    if split and (len(results) > 1 or activation is not None):
-        return sum_splits(results, dtype=dtype, activation=activation, interpret=interpret)
-    return tuple(result.sum(axis=0).astype(dtype) for result in results) if split else results
 
 
 def _some_by_slabs(

@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
+from minimax_kernels.head_tile import head_tile, norm_and_turn
 from minimax_kernels.launch_table import NORM_LAUNCH, norm_rows
-from minimax_kernels.triton_call import ceil_div, next_power_of_two, triton_call
+from minimax_kernels.triton_call import ceil_div, triton_call
 
 MOST_CHANNELS = 1024  # of a head that one program's registers hold
 JOINED_TOKENS = 256
@@ -68,38 +68,14 @@ def _norm_rope_kernel(*refs: Any, programs: list[int], first_heads: list[int], s
         first += own
 
 
-def _rows(x_ref, weight_ref, cos_ref, sin_ref, out_ref, block, *, first_head, step, eps):
-    num_tokens, num_heads, head_dim = out_ref.shape
-    half = cos_ref.shape[1]
-    row = block * step + jnp.arange(step, dtype=jnp.int32)
-    live = row < num_tokens * num_heads
-    row = jnp.minimum(row, num_tokens * num_heads - 1)
-    token, head = lax.div(row, num_heads), lax.rem(row, num_heads)
-    channel = jnp.arange(next_power_of_two(head_dim), dtype=jnp.int32)
-    inside = jnp.broadcast_to((channel < head_dim)[None, :], (step, channel.shape[0]))
-    # the channel that each one turns against; those past 2 * half turn against themselves, by no angle
-    partner = jnp.where(channel < half, channel + half, jnp.where(channel < 2 * half, channel - half, channel))
-    angle = jnp.where(channel < half, channel, channel - half)
+def _rows(
+    x_ref: Any, weight_ref: Any, cos_ref: Any, sin_ref: Any, out_ref: Any, block: Any, *,
+    first_head: int, step: int, eps: float,
+) -> None:  # fmt: skip
+    tile = head_tile(out_ref, block, step)
 
-    def load(channel: Any) -> Any:
-        at = x_ref.at[token[:, None], (first_head + head)[:, None], channel[None, :]]
-        return plgpu.load(at, mask=inside, other=0.0).astype(jnp.float32)
+    def load(channel: jax.Array) -> jax.Array:
+        at = x_ref.at[tile.token[:, None], (first_head + tile.head)[:, None], channel[None, :]]
+        return plgpu.load(at, mask=tile.inside, other=0.0).astype(jnp.float32)
 
-    x = load(channel)
-    inverse = lax.rsqrt(jnp.sum(x * x, axis=1) / head_dim + eps)[:, None]
-
-    def normed(x: Any, channel: Any) -> Any:
-        weight = plgpu.load(weight_ref.at[channel], mask=channel < head_dim, other=0.0).astype(jnp.float32)
-        return (x * inverse * (1.0 + weight)[None, :]).astype(x_ref.dtype).astype(jnp.float32)
-
-    turns = jnp.broadcast_to((channel < 2 * half)[None, :], inside.shape)
-    at = token[:, None], jnp.minimum(angle, half - 1)[None, :]
-    cos = plgpu.load(cos_ref.at[at], mask=turns, other=1.0)
-    sin = plgpu.load(sin_ref.at[at], mask=turns, other=0.0)
-    turned = normed(x, channel) * cos + normed(load(partner), partner) * jnp.where((channel < half)[None, :], -sin, sin)
-    to_token = jnp.where(live, token, num_tokens)  # out of range where nothing is written
-    plgpu.store(
-        out_ref.at[to_token[:, None], head[:, None], channel[None, :]],
-        turned.astype(out_ref.dtype),
-        mask=inside & jnp.broadcast_to(live[:, None], inside.shape),
-    )
+    tile.store(norm_and_turn(tile, load, weight_ref, cos_ref, sin_ref, eps=eps))
