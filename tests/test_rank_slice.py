@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import threading
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from minimax_jax.rank_slice.attention_work import causal_keys
 from minimax_jax.rank_slice.cases import DECODE, PREFILL, TARGETS, Case, select_cases, slice_config, waves
 from minimax_jax.rank_slice.ceilings import Ceilings
 from minimax_jax.rank_slice.comm import SliceComm
-from minimax_jax.rank_slice.compiling import Compiler
+from minimax_jax.rank_slice.compiling import Compiler, side_by_side
 from minimax_jax.rank_slice.float_copies import float_copies
 from minimax_jax.rank_slice.kernel_classes import class_times, kernel_table
 from minimax_jax.rank_slice.report import _kernel_lines, table
@@ -99,6 +100,16 @@ def test_what_does_not_compile_in_time_is_not_waited_for():
     assert compiler.compiling == 1
     gate.set()
     assert [key for key, _ in compiler.run({"next": int}, 60.0)] == ["next"]
+
+
+def test_tasks_side_by_side_meet_and_fail_as_they_would_alone():
+    both = threading.Barrier(2)
+    tasks = {name: lambda: both.wait(60.0) for name in "ab"}
+    if (os.cpu_count() or 1) > 1:
+        assert sorted(side_by_side(tasks)) == ["a", "b"] and not both.broken
+    assert side_by_side({}) == {} and side_by_side({"one": int}) == {"one": 0}
+    with pytest.raises(KeyError, match="gone"):
+        side_by_side({"one": int, "two": lambda: {}["gone"]})
 
 
 def test_weights_are_bytes_on_the_device_that_keep_activations_of_their_size():

@@ -11,6 +11,18 @@ Key = TypeVar("Key")
 _MOST_THREADS = 8
 
 
+def side_by_side(tasks: Mapping[Key, Callable[[], Any]]) -> dict[Key, Any]:
+    """What each task gives, once all are done; the error of one that fails."""
+    if not tasks:
+        return {}
+    with concurrent.futures.ThreadPoolExecutor(_threads(tasks)) as threads:
+        return dict(zip(tasks, threads.map(lambda task: task(), tasks.values()), strict=True))
+
+
+def _threads(tasks: Mapping[Any, Any]) -> int:
+    return min(_MOST_THREADS, len(tasks), os.cpu_count() or 1)
+
+
 class Compiler:
     """Runs compilations on threads. Those that are not done in time go on, since XLA cannot stop them."""
 
@@ -29,7 +41,7 @@ class Compiler:
         """Gives each task's key and finished future as it is done, those that take longer than `seconds` never."""
         if not tasks:
             return
-        threads = concurrent.futures.ThreadPoolExecutor(min(_MOST_THREADS, len(tasks), os.cpu_count() or 1))
+        threads = concurrent.futures.ThreadPoolExecutor(_threads(tasks))
         waiting = {threads.submit(task): key for key, task in tasks.items()}
         try:
             for done in concurrent.futures.as_completed(waiting, timeout=max(0.0, seconds)):

@@ -16,6 +16,7 @@ from minimax_jax.checkpoint import STYLES, state_tensors
 from minimax_jax.config import MiniMaxM3Config
 from minimax_jax.model import abstract_model, split_model
 from minimax_jax.parallel import Layout
+from minimax_jax.rank_slice.compiling import side_by_side
 from minimax_jax.tensor_table import MXFP8_BLOCK
 from minimax_kernels import Mxfp8, choose_experts
 
@@ -53,20 +54,44 @@ def draw_weights(config: MiniMaxM3Config, structs: Mapping[str, Any], routing: s
       config: of the whole model, whose widths decide how large weights are.
       routing: "uniform": routers choose all experts alike; "skewed": their biases favour some.
     """
-    keys = jax.random.split(jax.random.key(seed, impl="rbg"), len(structs))
-    state = {}
-    for key, (name, struct) in zip(keys, structs.items(), strict=True):
+    random = {name: struct for name, struct in structs.items() if _is_drawn(name, struct)}
+    root = jax.random.key(seed, impl="rbg")
+    size = np.float32()
+
+    def compile_for(struct: Any) -> Any:
         if isinstance(struct, Mxfp8):
-            state[name] = draw_mxfp8(key, struct.shape, mxfp8_exponent(config, name))
-        elif name.endswith("e_score_correction_bias"):
-            scale = _SKEW if routing == "skewed" else 0.0
-            state[name] = _draw(key, struct.shape, struct.dtype, scale)
-        elif len(struct.shape) == 1:
-            state[name] = jnp.zeros(struct.shape, struct.dtype)
+            return draw_mxfp8.lower(root, struct.shape, size).compile()
+        return _draw.lower(root, struct.shape, struct.dtype, size).compile()
+
+    # nearly all of the time is compilation: one program a shape, and they compile side by side
+    kinds = {_kind(struct): functools.partial(compile_for, struct) for struct in random.values()}
+    programs = side_by_side(kinds)
+    state: dict[str, Any] = {}
+    keys = iter(jax.random.split(root, len(random)))
+    for name, struct in structs.items():
+        if name in random:
+            state[name] = programs[_kind(struct)](next(keys), np.float32(_size(config, name, struct, routing)))
         else:
-            scale = 1.0 if name == "embed_tokens" else _inputs(config, name) ** -0.5
-            state[name] = _draw(key, struct.shape, struct.dtype, scale)
+            state[name] = jnp.zeros(struct.shape, struct.dtype)
     return state
+
+
+def _is_drawn(name: str, struct: Any) -> bool:
+    return len(struct.shape) > 1 or name.endswith("e_score_correction_bias")
+
+
+def _kind(struct: Any) -> tuple[Any, ...]:
+    """What decides which program draws a weight."""
+    return isinstance(struct, Mxfp8), struct.shape, None if isinstance(struct, Mxfp8) else struct.dtype
+
+
+def _size(config: MiniMaxM3Config, name: str, struct: Any, routing: str) -> float:
+    """How large the numbers are: of MXFP8 the exponent of `draw_mxfp8`, else their standard deviation."""
+    if isinstance(struct, Mxfp8):
+        return mxfp8_exponent(config, name)
+    if name.endswith("e_score_correction_bias"):
+        return _SKEW if routing == "skewed" else 0.0
+    return 1.0 if name == "embed_tokens" else _inputs(config, name) ** -0.5
 
 
 def routing_load(
