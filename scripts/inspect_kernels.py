@@ -42,7 +42,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync.aligned", "cp.async": r"cp.async.c[ag]", "ex2": "ex2"}
 OPS = (
     "index_score", "select_blocks", "sparse_attention", "dense_attention", "msa", "write_kv_index", "norm_rope",
-    "matmul", "routed_experts", "add_norm", "choose_experts",
+    "project_norm_rope", "matmul", "routed_experts", "add_norm", "choose_experts",
 )  # fmt: skip
 
 
@@ -144,7 +144,10 @@ def _weight_calls(array: Any, tp: int, tokens: int) -> dict[str, tuple[tuple[Any
     choice = array(tokens, 4, dtype=jnp.int32), array(tokens, 4, **f32)
     experts = mxfp8(16, 6144, 6144), mxfp8(16, 3072, 6144)
     activation = {"activation": mk.Swiglu(1.702, 1.0, 7.0), "num_experts": 128}
+    norm, angles = array(128), array(tokens, 32, **f32)
+    norms = norm, norm, None, norm, norm
     return {
+        "project_norm_rope": ((x, tuple(projections), norms, angles, angles), {"eps": 1e-6}),
         "matmul": ((x, tuple(projections)), {}),
         "routed_experts": ((x, *choice, *experts), activation),
         "add_norm": ((x, x, array(6144)), {"eps": 1e-6}),
