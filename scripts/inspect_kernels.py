@@ -42,7 +42,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync.aligned", "cp.async": r"cp.async.c[ag]", "ex2": "ex2"}
 OPS = (
     "index_score", "select_blocks", "sparse_attention", "dense_attention", "msa", "write_kv_index", "norm_rope",
-    "matmul", "matmul-swiglu", "routed_experts", "add_norm", "choose_experts", "route_tokens",
+    "project_norm_rope", "matmul", "matmul-swiglu", "routed_experts", "add_norm", "choose_experts", "route_tokens",
 )  # fmt: skip
 
 
@@ -145,7 +145,10 @@ def _weight_calls(array: Any, tp: int, tokens: int) -> dict[str, tuple[tuple[Any
     choice = array(tokens, 4, dtype=jnp.int32), array(tokens, 4, **f32)
     experts = mxfp8(16, 6144, 6144), mxfp8(16, 3072, 6144)
     swiglu = mk.Swiglu(1.702, 1.0, 7.0)
+    norm, angles = array(128), array(tokens, 32, **f32)
+    norms = norm, norm, None, norm, norm
     return {
+        "project_norm_rope": ((x, tuple(projections), norms, angles, angles), {"eps": 1e-6}),
         "matmul": ((x, tuple(projections)), {}),
         "matmul-swiglu": ((x, mxfp8(6144, 6144 // tp)), {"activation": swiglu}),
         "routed_experts": ((x, *choice, *experts, x), {"activation": swiglu, "num_experts": 128}),

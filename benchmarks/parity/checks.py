@@ -256,16 +256,50 @@ def _norm_rope(sample: Sample, impl: str) -> Iterator[tuple[str, Callable[[], di
             jnp.asarray(np.cos(angles), jnp.float32),
             jnp.asarray(np.sin(angles), jnp.float32),
         )
-        results, again, wanted = (jitted("norm_rope", name, eps=1e-6)(*args) for name in (impl, impl, "reference"))
-        worst = 0.0
-        for result, repeat, expected in zip(results, again, wanted, strict=True):
-            require(compare.bit_equal(result, repeat), "a repeat differs")
-            error = np.abs(compare.as_float(result) - compare.as_float(expected))
-            worst = max(worst, float(error.max(initial=0) / np.abs(compare.as_float(expected)).max(initial=1)))
-        require(worst <= 2**-7, f"max error {worst:.5f} of the largest > 2 ** -7, two roundings")
-        return {"max_rel": worst}
+        return _heads_parity("norm_rope", impl, args, most_log2=-7)
 
     yield "against the reference, repeat", parity
+
+
+def _heads_parity(op: str, impl: str, args: tuple, most_log2: int) -> dict[str, float]:
+    """The largest error may be a few roundings of the largest head."""
+    results, again, wanted = (jitted(op, name, eps=1e-6)(*args) for name in (impl, impl, "reference"))
+    worst = 0.0
+    for result, repeat, expected in zip(results, again, wanted, strict=True):
+        require(compare.bit_equal(result, repeat), "a repeat differs")
+        error = np.abs(compare.as_float(result) - compare.as_float(expected))
+        worst = max(worst, float(error.max(initial=0) / np.abs(compare.as_float(expected)).max(initial=1)))
+    require(worst <= 2.0**most_log2, f"max error {worst:.5f} of the largest > 2 ** {most_log2}")
+    return {"max_rel": worst}
+
+
+def _project_norm_rope(sample: Sample, impl: str) -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
+    """Up to 256 tokens by fewer launches than the operations that it is made of, to the same results."""
+    random, shape, tokens = np.random.default_rng(8), sample.case.shape, len(sample.live)
+    heads, features = (shape.q_heads, shape.kv_heads, shape.kv_heads, shape.index_heads, 1), 2048
+
+    def weight(columns: int, quantised: bool) -> Any:
+        values = jnp.asarray(random.standard_normal((features, columns), np.float32))
+        if not quantised:
+            return values.astype(jnp.bfloat16)
+        scales = jnp.asarray(random.integers(120, 124, (features // 32, columns)), jnp.uint8)
+        return mk.Mxfp8(values.astype(jnp.float8_e4m3fn), scales)
+
+    def parity(quantised: bool) -> dict[str, float]:
+        angles = random.uniform(0, 1e5, (tokens, shape.head_dim // 4))
+        norm = jnp.asarray(random.standard_normal(shape.head_dim), jnp.bfloat16)
+        args = (
+            jnp.asarray(random.standard_normal((tokens, features), np.float32), jnp.bfloat16),
+            tuple(weight(count * shape.head_dim, quantised) for count in heads),
+            (norm, norm, None, norm, norm),
+            jnp.asarray(np.cos(angles), jnp.float32),
+            jnp.asarray(np.sin(angles), jnp.float32),
+        )
+        return _heads_parity("project_norm_rope", impl, args, most_log2=-6)
+
+    yield "MXFP8 weights against the reference, repeat", lambda: parity(True)
+    if tokens <= 64:  # more rows of arrays are XLA's to multiply
+        yield "bf16 weights against the reference, repeat", lambda: parity(False)
 
 
 def _new_rows(random: np.random.Generator, *shape: int) -> np.ndarray:
@@ -301,6 +335,7 @@ CHECKS: dict[str, Check] = {
     "write_index": _write_index,
     "write_kv_index": _write_kv_index,
     "norm_rope": _norm_rope,
+    "project_norm_rope": _project_norm_rope,
     "index_score": _index_score,
     "select_blocks": _select_blocks,
     "sparse_attention": _sparse_attention,

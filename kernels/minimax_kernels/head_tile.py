@@ -67,15 +67,20 @@ def norm_and_turn(
     # the channel that each one turns against; those past 2 * half turn against themselves, by no angle
     partner = jnp.where(channel < half, channel + half, jnp.where(channel < 2 * half, channel - half, channel))
     angle = jnp.where(channel < half, channel, channel - half)
+    turns = jnp.broadcast_to((channel < 2 * half)[None, :], inside.shape)
+    at = tile.token[:, None], jnp.minimum(angle, half - 1)[None, :]
+
+    def gain(channel: jax.Array) -> jax.Array:
+        weight = plgpu.load(weight_ref.at[channel], mask=channel < head_dim, other=0.0)
+        return 1.0 + weight.astype(jnp.float32)
+
+    # all loads come before the mean, behind whose barrier they would have to wait
+    gains, cos = (gain(channel), gain(partner)), plgpu.load(cos_ref.at[at], mask=turns, other=1.0)
+    sin = plgpu.load(sin_ref.at[at], mask=turns, other=0.0)
     x, other = load(channel), load(partner)
     inverse = lax.rsqrt(jnp.sum(x * x, axis=1) / head_dim + eps)[:, None]
 
-    def normed(x: jax.Array, channel: jax.Array) -> jax.Array:
-        weight = plgpu.load(weight_ref.at[channel], mask=channel < head_dim, other=0.0).astype(jnp.float32)
-        return (x * inverse * (1.0 + weight)[None, :]).astype(tile.out_ref.dtype).astype(jnp.float32)
+    def normed(x: jax.Array, gain: jax.Array) -> jax.Array:
+        return (x * inverse * gain[None, :]).astype(tile.out_ref.dtype).astype(jnp.float32)
 
-    turns = jnp.broadcast_to((channel < 2 * half)[None, :], inside.shape)
-    at = tile.token[:, None], jnp.minimum(angle, half - 1)[None, :]
-    cos = plgpu.load(cos_ref.at[at], mask=turns, other=1.0)
-    sin = plgpu.load(sin_ref.at[at], mask=turns, other=0.0)
-    return normed(x, channel) * cos + normed(other, partner) * jnp.where((channel < half)[None, :], -sin, sin)
+    return normed(x, gains[0]) * cos + normed(other, gains[1]) * jnp.where((channel < half)[None, :], -sin, sin)

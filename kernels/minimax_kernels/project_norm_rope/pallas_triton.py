@@ -25,8 +25,10 @@ from minimax_kernels.triton_support import require_weight
 from minimax_kernels.weight_tiles import Weight
 
 MOST_TOKENS = 256
-HEADS = 4  # of a program, one a warp
 LAUNCH = Launch(num_warps=4, num_stages=1)
+# of a program. A head of partial sums is a number a thread: the loads of all its splits take a register each, so that
+# ptxas leaves them under way together; of four numbers a thread it makes load, add, load, add
+HEADS_OF_PARTIALS, HEADS = 1, 4
 
 
 def project_norm_rope(
@@ -82,10 +84,12 @@ def _sum_norm_rope(
     interpret: bool,
 ) -> tuple[Float[Array, "T H D"], ...]:
     shapes = tuple(jax.ShapeDtypeStruct(partial.shape[1:], dtype) for partial in partials)
-    programs = [ceil_div(shape.shape[0] * shape.shape[1], HEADS) for shape in shapes]
+    step = HEADS if partials[0].shape[0] == 1 else HEADS_OF_PARTIALS
+    programs = [ceil_div(shape.shape[0] * shape.shape[1], step) for shape in shapes]
     return triton_call(
         functools.partial(
-            _sum_norm_rope_kernel, programs=programs, normed=[norm is not None for norm in norms], eps=eps
+            _sum_norm_rope_kernel,
+            programs=programs, normed=[norm is not None for norm in norms], step=step, eps=eps,
         ),
         [*partials, *(norm for norm in norms if norm is not None), cos, sin],
         shapes,
@@ -93,10 +97,10 @@ def _sum_norm_rope(
         launch=LAUNCH,
         name="sum_norm_rope",
         interpret=interpret,
-    )
+    )  # fmt: skip
 
 
-def _sum_norm_rope_kernel(*refs: Any, programs: list[int], normed: list[bool], eps: float) -> None:
+def _sum_norm_rope_kernel(*refs: Any, programs: list[int], normed: list[bool], step: int, eps: float) -> None:
     """Each array has programs of its own, one after the other."""
     count, program = len(programs), pl.program_id(0)
     partial_refs, (*norm_refs, cos_ref, sin_ref), out_refs = refs[:count], refs[count:-count], refs[-count:]
@@ -104,25 +108,26 @@ def _sum_norm_rope_kernel(*refs: Any, programs: list[int], normed: list[bool], e
     for i, own in enumerate(programs):
         norm_ref = norm_refs[sum(normed[:i])] if normed[i] else None
         heads = functools.partial(
-            _heads, partial_refs[i], norm_ref, cos_ref, sin_ref, out_refs[i], program - first, eps=eps
+            _heads, partial_refs[i], norm_ref, cos_ref, sin_ref, out_refs[i], program - first, step=step, eps=eps
         )
         pl.when((program >= first) & (program < first + own))(heads)
         first += own
 
 
 def _heads(
-    partial_ref: Any, norm_ref: Any, cos_ref: Any, sin_ref: Any, out_ref: Any, block: jax.Array, *, eps: float
-) -> None:
-    tile = head_tile(out_ref, block, HEADS)
+    partial_ref: Any, norm_ref: Any, cos_ref: Any, sin_ref: Any, out_ref: Any, block: jax.Array, *,
+    step: int, eps: float,
+) -> None:  # fmt: skip
+    tile = head_tile(out_ref, block, step)
 
     def load(channel: jax.Array) -> jax.Array:
         at = tile.token[:, None], tile.head[:, None], channel[None, :]
-        # all loads are under way together; the order is that of `sum_splits`
         parts = [
             plgpu.load(partial_ref.at[(split, *at)], mask=tile.inside, other=0.0)
             for split in range(partial_ref.shape[0])
         ]
-        return functools.reduce(jnp.add, parts).astype(out_ref.dtype).astype(jnp.float32)
+        total = functools.reduce(jnp.add, parts)  # in the order of `sum_splits`
+        return total.astype(out_ref.dtype).astype(jnp.float32)
 
     if norm_ref is None:
         tile.store(load(tile.channel))
