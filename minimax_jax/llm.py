@@ -252,7 +252,9 @@ class LLM:
             while not finished:
                 await arrived.wait()
                 arrived.clear()  # before the look: what comes after it is waited for again
-                output = newest[0]
+                if not newest:  # this one was seen before its own call to `set` came
+                    continue
+                output = newest.pop()
                 finished = output.finished
                 if output.error is not None:
                     raise output.error

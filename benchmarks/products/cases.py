@@ -138,7 +138,7 @@ def candidates(case: Case) -> list[MatmulLaunch]:
     elif case.kind == "matmul":
         wide = own.block_k == 64
         tried = [
-            changed(block_m=16),
+            changed(block_m=64 if own.block_m == 16 else 16),
             changed(block_k=128 if wide else 64, launch=Launch(4, 3 if wide else 4)),
             changed(splits=own.splits // 2) if own.splits > 1 else changed(block_n=64 if own.block_n < 64 else 32),
             changed(ahead=not own.ahead),
@@ -147,7 +147,7 @@ def candidates(case: Case) -> list[MatmulLaunch]:
         least = FEW_JOINED if joined else FEW_GROUPED
         tried = [MatmulLaunch(m, n, k, 1, Launch(warps, stages)) for m, n, k, warps, stages in least]
         if own.splits > 1:
-            tried = [changed(splits=own.splits // 2), changed(block_m=16), *tried]
+            tried = [changed(splits=own.splits // 2), changed(block_m=64 if own.block_m == 16 else 16), *tried]
         else:
             tried = [*tried, changed(ahead=not own.ahead)]
     found = [own]

@@ -84,7 +84,7 @@ def test_weights_in_8_bits_are_drawn_into_their_shards():
     assert state["embed_tokens"].dtype == jnp.bfloat16 and state["layers.1.mlp.gate.weight"].dtype == jnp.float32
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_full_width_measures_a_small_model_both_ways():
     saved, plan = [], dataclasses.replace(TINY, split=())
     given = {"weights": "bf16", "layers": 2, "say": str, "save": saved.append, "deadline": time.monotonic() + 600}
