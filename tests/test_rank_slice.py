@@ -162,7 +162,7 @@ def test_kernels_are_told_apart_by_name_and_module():
         "router_logits": "matmul", "sum_splits_swiglu": "matmul",
         "several_matmuls": "matmul", "sum_splits": "matmul", "gemm_fusion_dot_12": "matmul", "norm_rope": "elementwise",
         "grouped_matmul": "experts", "index_score_many_rows": "score", "sparse_attention_by_page": "attend",
-        "wrapped_add": "elementwise",
+        "wrapped_add": "elementwise", "sum_norm_rope": "elementwise",
         "loop_add_fusion_3": "elementwise", "MemcpyD2D": "copies",
     }  # fmt: skip
     layers = [Launch(name, "s", 0.0, 2.0, "jit__layers") for name in names]

@@ -31,8 +31,9 @@ def kernel_class(launch: Launch) -> str:
     """One of `CLASSES`.
 
     The router's product is with "matmul", as its bytes are in `step_work`; its choice and the sorting of pairs with
-    "experts". `add_norm`, `norm_rope` and whatever no pattern names, XLA's own fusions, are "elementwise". Of the
-    module that makes logits and chooses tokens, products are the "head", and all else is "sampling".
+    "experts". `add_norm`, `norm_rope`, `sum_norm_rope` and whatever no pattern names, XLA's own fusions, are
+    "elementwise". Of the module that makes logits and chooses tokens, products are the "head", and all else is
+    "sampling".
     """
     name = launch.name.lower()
     found = next((kind for kind, pattern in _PATTERNS if pattern.search(name)), "elementwise")

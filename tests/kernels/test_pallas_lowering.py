@@ -108,7 +108,7 @@ each_variant = pytest.mark.parametrize("v", VARIANTS, ids=str)
 
 
 @each_variant
-@pytest.mark.parametrize("batch", ["prefill", "decode", "verify"])
+@pytest.mark.parametrize("batch", ["prefill", "decode", pytest.param("verify", marks=pytest.mark.long)])
 def test_attention_chain_lowers(v, batch):
     """msa is the chain of the three; with `out`, which is aliased, and without."""
     q, k_cache, v_cache, idx_q, index_cache, requests, _, _ = operands(v, batch)
