@@ -137,7 +137,8 @@ def test_grouped_matmul(rows, quantised):
         w, wide = weight(random, EXPERTS, HIDDEN, WIDTH, quantised=quantised)
         result = jitted("grouped_matmul")(x, w, jnp.asarray(sizes, jnp.int32))
         expected = numpy_ops.grouped_matmul(np.nan_to_num(np.asarray(x, np.float64)), wide, sizes)
-        np.testing.assert_allclose(np.asarray(result, np.float64), expected, rtol=2**-8, atol=1e-6)
+        cancelled = 1e-6 * np.abs(expected).max(initial=1)  # of float32 sums whose terms nearly cancel
+        np.testing.assert_allclose(np.asarray(result, np.float64), expected, rtol=2**-8, atol=cancelled)
 
     check()
 
