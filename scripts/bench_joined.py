@@ -30,6 +30,7 @@ import jax.numpy as jnp  # noqa: E402
 import minimax_kernels as mk  # noqa: E402
 from benchmarks.machine import describe_machine  # noqa: E402
 from benchmarks.products.cases import EXPERT_WIDTH, EXPERTS, HIDDEN, LOCAL, PER_TOKEN  # noqa: E402
+from benchmarks.products.errors import measure_errors, upcast  # noqa: E402
 from benchmarks.products.weights import random_mxfp8  # noqa: E402
 from benchmarks.timing import calls_and_rounds, compile_calls, time_compiled  # noqa: E402
 
@@ -57,7 +58,11 @@ def main() -> int:
     for count in tokens:
         for name, (joined, composed, sets) in _parts(impl, count, args.shrink, 1 if args.interpret else SETS).items():
             found, expected = jax.jit(joined)(*sets[0]), jax.jit(composed)(*sets[0])
-            row: dict[str, Any] = {"part": name, "tokens": count, "difference": _difference(found, expected)}
+            row: dict[str, Any] = {
+                "part": name,
+                "tokens": count,
+                "difference": measure_errors(found, upcast(expected)).largest,
+            }
             if not args.interpret:
                 for way, function in (("joined_us", joined), ("composed_us", composed)):
                     calls, rounds = calls_and_rounds(1e-5, len(sets))
@@ -93,12 +98,6 @@ def _parts(impl: str, tokens: int, shrink: int, count: int) -> dict[str, Part]:
         ),
         "experts": (experts, lambda *args: experts(*args[:-1]) + args[-1], [(x, ids, weights, *held, addend)]),
     }  # fmt: skip
-
-
-def _difference(found: jax.Array, expected: jax.Array) -> float:
-    """The largest, in what is expected plus its spread."""
-    found, expected = found.astype(jnp.float32), expected.astype(jnp.float32)
-    return float((jnp.abs(found - expected) / (jnp.abs(expected) + jnp.std(expected) + 1e-6)).max())
 
 
 if __name__ == "__main__":

@@ -183,12 +183,12 @@ def _report(op: str, files: set[Path], ptxas: str) -> None:
         registers, spills = resources.get(name, (0, 0))
         uses = " ".join(f"{label} {count}" for label, count in counts.get(name, {}).items() if count)
         print(
-            f"  {op:17s}{name:27s}grid {grid:18s}{threads:>5s} threads{int(shared) / 1024:6.1f} KB "
+            f"  {op:18s}{name:27s}grid {grid:18s}{threads:>5s} threads{int(shared) / 1024:6.1f} KB "
             f"{registers:4d} registers {spills} B spilled | {uses}",
             flush=True,
         )
     if others:
-        print(f"  {op:17s}and {others} of XLA's own (its sort; with a GPU there it calls CUB)", flush=True)
+        print(f"  {op:18s}and {others} of XLA's own (its sort; with a GPU there it calls CUB)", flush=True)
 
 
 if __name__ == "__main__":

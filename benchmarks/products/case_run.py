@@ -20,6 +20,7 @@ from minimax_kernels.grouped_matmul import reference as grouped_reference
 from minimax_kernels.grouped_matmul.pallas_triton import multiply_groups
 from minimax_kernels.matmul import pallas_triton, reference
 from minimax_kernels.matmul.slabs import takes_slabs
+from minimax_kernels.matmul.sum_splits import sum_splits
 from minimax_kernels.matmul_launches import MatmulLaunch
 
 ACTIVATION = Swiglu(1.702, 1.0, 7.0)
@@ -56,7 +57,7 @@ class CaseRun:
         self.reference: Any
         self.truth: Any
         self.reference, self.truth = reference_and_truth(functools.partial(_expected, case))
-        self.by_slabs = case.kind == "matmul" and any(takes_slabs(case.rows, weight) for weight in self.structs[1:])
+        self.by_slabs = case.kind == "matmul" and any(takes_slabs(weight, case.rows) for weight in self.structs[1:])
         launches: list[MatmulLaunch | None] = [None] if self.by_slabs else []
         self.launches = [*launches, *candidates(case)][: 1 if quick else None]
 
@@ -84,10 +85,11 @@ class CaseRun:
                 x, w, sizes, launch=launch, interpret=self.interpret, source=source if joined else None,
                 activation=ACTIVATION if joined and launch.splits == 1 else None,
             )  # fmt: skip
-            if launch.splits > 1:
-                result = result.sum(axis=0).astype(x.dtype)
-                result = ACTIVATION.halves(result) if joined else result
-            return (result,)
+            if launch.splits == 1:
+                return (result,)
+            if joined:
+                return sum_splits([result], dtype=x.dtype, activation=ACTIVATION, interpret=self.interpret)
+            return (result.sum(axis=0).astype(x.dtype),)
 
         return groups
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from benchmarks.floors import BF16, Work
 from minimax_kernels.matmul_launches import FEW_ROWS, MatmulLaunch, group_launch, largest_divisor, matmul_launch
@@ -127,9 +128,7 @@ def candidates(case: Case) -> list[MatmulLaunch]:
     joined, halves = case.kind == "joined", 2 if case.kind == "joined" else 1
     few = case.rows // (1 if case.kind == "matmul" else LOCAL) <= FEW_ROWS
 
-    def changed(**changes: int | bool | Launch) -> MatmulLaunch:
-        return dataclasses.replace(own, **changes)  # type: ignore[arg-type]
-
+    changed = functools.partial(dataclasses.replace, own)
     if not few:
         tried = [
             MatmulLaunch(m, n // halves, k, own.splits, Launch(warps, stages), ahead=ahead)

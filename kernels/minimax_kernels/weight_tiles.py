@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Bool, Float, Int
 
 from minimax_kernels.mxfp8 import BLOCK, Mxfp8
 from minimax_kernels.mxfp8_tile import dequantize_tile
@@ -52,6 +53,20 @@ class WeightTiles:
 def weight_refs(weight: Weight) -> tuple[jax.Array, ...]:
     """A weight's arrays, as a kernel takes them."""
     return (weight.values, weight.scales) if isinstance(weight, Mxfp8) else (weight,)
+
+
+def store_rows(
+    out_ref: Any,
+    row: Int[Array, "m"],
+    live: Bool[Array, "m"],
+    columns: Int[Array, "n"],
+    result: Float[Array, "m n"],
+    lead: tuple[jax.Array, ...] = (),
+) -> None:
+    """Writes the rows that are `live`, in the type of the array [T, N]; `lead`: where in a stack of such."""
+    to = (jnp.where(live, row, out_ref.shape[-2])[:, None], columns[None, :])  # out of range where nothing is written
+    mask = jnp.broadcast_to(live[:, None], result.shape)
+    plgpu.store(out_ref.at[(*lead, *to)], result.astype(out_ref.dtype), mask=mask)
 
 
 def multiply_tile(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import minimax_kernels as mk
 from minimax_kernels.implementation import _with_gradient_of
-from minimax_kernels.matmul.slabs import LEAST_ROWS, takes_slabs
+from minimax_kernels.matmul.slabs import SLAB_ROWS, takes_slabs
 from minimax_kernels.matmul.sum_splits import sum_splits
 from minimax_kernels.matmul_launches import FEW_ROWS, group_launch, matmul_launch
 from minimax_kernels.mxfp8_tile import dequantize_tile
@@ -108,9 +108,9 @@ def test_routed_experts_below_cover_split_inputs_and_joined_halves():
 
 def test_very_many_rows_take_wide_weights_by_halves_and_the_others_at_once():
     random = np.random.default_rng(3)
-    x = rows_of(random, LEAST_ROWS + 5, 64)
+    x = rows_of(random, SLAB_ROWS + 5, 64)
     weights, wide = zip(*(weight(random, 64, columns) for columns in (512, 128, 64)), strict=True)
-    assert [takes_slabs(len(x), w) for w in weights] == [True, False, False]
+    assert [takes_slabs(w, len(x)) for w in weights] == [True, False, False]
     for found, own in zip(jitted("matmul", dtype=jnp.float32)(x, weights), wide, strict=True):
         expected = np.asarray(x, np.float64) @ own
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())

@@ -31,15 +31,21 @@ def choose_experts(
       NotImplementedError: if the named implementation cannot serve the call.
     """
     checks.check_rank("logits", logits, "[T, E]")
-    for name, array in (("logits", logits), ("bias", bias)):
-        if array.dtype != jnp.float32:
-            raise ValueError(f"{name} is {array.dtype}: must be float32")
-    checks.check_rank("bias", bias, "[E]")
-    checks.check_extent("bias", "E", bias.shape[0], logits.shape[1], "in logits")
-    checks.check_positive("num_chosen", num_chosen)
-    if num_chosen > logits.shape[1]:
-        raise ValueError(f"num_chosen = {num_chosen}: must be at most logits' E = {logits.shape[1]}")
+    check_choice("logits", logits, bias, num_chosen)
     return dispatch(
         "choose_experts", _IMPLEMENTATIONS, impl, logits, bias,
         differentiable=True, num_chosen=num_chosen, scale=float(scale),
     )  # fmt: skip
+
+
+def check_choice(name: str, array: Float[Array, "_ E"], bias: Float[Array, "E"], num_chosen: int) -> None:
+    """Types of the array that scores experts and of their bias, and that there are as many as are chosen."""
+    for own, x in ((name, array), ("bias", bias)):
+        if x.dtype != jnp.float32:
+            raise ValueError(f"{own} is {x.dtype}: must be float32")
+    checks.check_rank("bias", bias, "[E]")
+    checks.check_extent("bias", "E", bias.shape[0], array.shape[1], f"in {name}")
+    checks.check_positive("num_chosen", num_chosen)
+    if num_chosen > array.shape[1]:
+        owner = f"{name}'" if name.endswith("s") else f"{name}'s"
+        raise ValueError(f"num_chosen = {num_chosen}: must be at most {owner} E = {array.shape[1]}")

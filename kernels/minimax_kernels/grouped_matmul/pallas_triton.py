@@ -22,7 +22,7 @@ from minimax_kernels.mxfp8 import Mxfp8
 from minimax_kernels.swiglu import Swiglu, paired_columns
 from minimax_kernels.triton_call import ceil_div, triton_call
 from minimax_kernels.triton_support import require_weight
-from minimax_kernels.weight_tiles import Weight, WeightTiles, multiply_tile, weight_refs
+from minimax_kernels.weight_tiles import Weight, WeightTiles, multiply_tile, store_rows, weight_refs
 
 LEAST_HALF_TILE = 64  # rows; smaller tiles are bound by reading the weight, not by arithmetic
 
@@ -107,12 +107,7 @@ def _group_kernel(
     def store(result: jax.Array) -> None:
         row, live = rows_of(result.shape[0])
         columns = column + jnp.arange(launch.block_n, dtype=jnp.int32)
-        to = (jnp.where(live, row, num_rows)[:, None], columns[None, :])
-        plgpu.store(
-            out_ref.at[(split, *to) if launch.splits > 1 else to],
-            result.astype(out_ref.dtype),
-            mask=jnp.broadcast_to(live[:, None], result.shape),
-        )
+        store_rows(out_ref, row, live, columns, result, (split,) if launch.splits > 1 else ())
 
     def multiply(size: int) -> None:
         row, live = rows_of(size)

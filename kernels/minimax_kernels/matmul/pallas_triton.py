@@ -28,7 +28,7 @@ from minimax_kernels.mxfp8 import Mxfp8
 from minimax_kernels.swiglu import Swiglu, paired_columns
 from minimax_kernels.triton_call import ceil_div, triton_call
 from minimax_kernels.triton_support import require_weight
-from minimax_kernels.weight_tiles import Weight, WeightTiles, multiply_tile, weight_refs
+from minimax_kernels.weight_tiles import Weight, WeightTiles, multiply_tile, store_rows, weight_refs
 
 
 def matmul(
@@ -45,7 +45,7 @@ def matmul(
         raise NotImplementedError("pallas_triton: one array, or arrays and many rows, which XLA multiplies best")
     for weight in weights:
         require_weight(x, weight, interpret=interpret)
-    if launch is None and any(takes_slabs(x.shape[0], weight) for weight in weights):
+    if launch is None and any(takes_slabs(weight, len(x)) for weight in weights):
         products = _some_by_slabs(x, weights, dtype, interpret)
         return products if activation is None else tuple(map(activation.halves, products))
     if x.shape[0] == 0:
@@ -103,14 +103,11 @@ def _some_by_slabs(
     x: Float[Array, "T K"], weights: Sequence[Weight], dtype: DTypeLike, interpret: bool
 ) -> tuple[Float[Array, "T N"], ...]:
     """Wide weights by slabs, the others together in one launch."""
-    wide = [takes_slabs(x.shape[0], weight) for weight in weights]
-    rest = [weight for weight, alone in zip(weights, wide, strict=True) if not alone]
+    rest = [weight for weight in weights if not takes_slabs(weight, len(x))]
     others = iter(matmul(x, rest, dtype=dtype, interpret=interpret) if rest else ())
     return tuple(
-        multiply_by_slabs(x, weight, dtype=dtype, interpret=interpret)
-        if alone and isinstance(weight, Mxfp8)
-        else next(others)
-        for weight, alone in zip(weights, wide, strict=True)
+        multiply_by_slabs(x, weight, dtype=dtype, interpret=interpret) if takes_slabs(weight, len(x)) else next(others)
+        for weight in weights
     )
 
 
@@ -156,13 +153,7 @@ def _matmul_kernel(
         )  # fmt: skip
         if activation is not None:  # of what the product alone would have given
             result = activation.of_tile(result.astype(out_ref.dtype))
-        to_row = jnp.where(row < num_rows, row, num_rows)
-        to = (to_row[:, None], column[None, :])
-        plgpu.store(
-            out_ref.at[(split, *to) if launch.splits > 1 else to],
-            result.astype(out_ref.dtype),
-            mask=jnp.broadcast_to((row < num_rows)[:, None], result.shape),
-        )
+        store_rows(out_ref, row, row < num_rows, column, result, (split,) if launch.splits > 1 else ())
 
     for i in range(weights):
         first, last = ends[i] // launch.block_n, ends[i + 1] // launch.block_n

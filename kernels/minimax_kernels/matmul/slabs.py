@@ -9,32 +9,31 @@ time all of a quantised weight exists in floats.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from minimax_kernels.matmul_launches import MatmulLaunch, largest_divisor
 from minimax_kernels.mxfp8 import Mxfp8, dequantize
 from minimax_kernels.triton_call import Launch, ceil_div, triton_call
-from minimax_kernels.weight_tiles import WeightTiles, multiply_tile
+from minimax_kernels.weight_tiles import Weight, WeightTiles, multiply_tile, store_rows
 
 SLABS = 2
-LEAST_ROWS = 2048
-LEAST_COLUMNS = 512  # of a weight; fewer are not worth three launches more
+SLAB_ROWS = 2048  # from which they pay
+SLAB_COLUMNS = 512  # of a weight; fewer are not worth three launches more
 
 
-def takes_slabs(num_rows: int, weight: Any) -> bool:
+def takes_slabs(weight: Weight, num_rows: int) -> TypeGuard[Mxfp8]:
     """Whether `multiply_by_slabs` is the faster way."""
-    if not isinstance(weight, Mxfp8) or num_rows < LEAST_ROWS:
+    if not isinstance(weight, Mxfp8) or num_rows < SLAB_ROWS:
         return False
     in_features, out_features = weight.shape
-    return out_features >= LEAST_COLUMNS and out_features % (SLABS * 128) == 0 and in_features % 64 == 0
+    return out_features >= SLAB_COLUMNS and out_features % (SLABS * 128) == 0 and in_features % 64 == 0
 
 
 def multiply_by_slabs(
@@ -90,8 +89,4 @@ def _slab_kernel(x_ref: Any, slab_ref: Any, *refs: Any, first: int, launch: Matm
         num_rows=launch.block_m, block_k=launch.block_k,
         begin=0, stop=in_features // launch.block_k, ahead=False, interpret=interpret,
     )  # fmt: skip
-    plgpu.store(
-        out_ref.at[jnp.where(row < num_rows, row, num_rows)[:, None], (first + column)[None, :]],
-        result.astype(out_ref.dtype),
-        mask=jnp.broadcast_to((row < num_rows)[:, None], result.shape),
-    )
+    store_rows(out_ref, row, row < num_rows, first + column, result)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,12 +26,20 @@ def composed(
 ) -> tuple[Float[Array, "T H D"], ...]:
     """`minimax_kernels.project_norm_rope` by `matmul(x, weights)` and `norm_rope(xs, norms, cos, sin, eps=)`."""
     products = _products(matmul, x, weights, len(weights) - detached)
-    heads = split_heads(products, norms)
-    chosen = [i for i, norm in enumerate(norms) if norm is not None]
-    turned = norm_rope(tuple(heads[i] for i in chosen), tuple(norms[i] for i in chosen), cos, sin, eps=eps)
-    for i, result in zip(chosen, turned, strict=True):
-        heads[i] = result
-    return tuple(heads)
+    return turn_normed(
+        lambda heads, weights: norm_rope(heads, weights, cos, sin, eps=eps), split_heads(products, norms), norms
+    )
+
+
+def turn_normed(
+    turn: Callable[[tuple[Array, ...], tuple[Array, ...]], tuple[Array, ...]],
+    heads: Sequence[Float[Array, "T H D"]],
+    norms: tuple[Float[Array, "D"] | None, ...],
+) -> tuple[Float[Array, "T H D"], ...]:
+    """`turn(heads, norms)` of those that have a norm, in their places among the others."""
+    normed = [(own, norm) for own, norm in zip(heads, norms, strict=True) if norm is not None]
+    turned = iter(turn(tuple(own for own, _ in normed), tuple(norm for _, norm in normed)))
+    return tuple(own if norm is None else next(turned) for own, norm in zip(heads, norms, strict=True))
 
 
 def _products(matmul: Callable[..., Any], x: Array, weights: tuple[Weight, ...], attached: int) -> tuple[Array, ...]:

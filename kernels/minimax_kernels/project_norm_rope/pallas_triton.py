@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from minimax_kernels.head_tile import head_tile, norm_and_turn
 from minimax_kernels.matmul.pallas_triton import left_to_xla, matmul, partial_products
 from minimax_kernels.norm_rope.pallas_triton import MOST_CHANNELS, norm_rope
-from minimax_kernels.project_norm_rope.composed import composed, split_heads
+from minimax_kernels.project_norm_rope.composed import composed, split_heads, turn_normed
 from minimax_kernels.triton_call import Launch, ceil_div, triton_call
 from minimax_kernels.triton_support import require_weight
 from minimax_kernels.weight_tiles import Weight
@@ -53,17 +53,13 @@ def project_norm_rope(
         require_weight(x, weight, interpret=interpret)
     products = partial_products(x, weights, dtype=x.dtype, interpret=interpret)
     heads = split_heads(products, norms)
+    options: dict[str, Any] = {"dtype": x.dtype, "eps": eps, "interpret": interpret}
     if products[0].ndim == 3:
-        return _sum_norm_rope(heads, norms, cos, sin, dtype=x.dtype, eps=eps, interpret=interpret)
+        return _sum_norm_rope(heads, norms, cos, sin, **options)
     # whole already: what has no norm is done
-    chosen = [i for i, norm in enumerate(norms) if norm is not None]
-    turned = _sum_norm_rope(
-        [heads[i][None] for i in chosen], [norms[i] for i in chosen], cos, sin,
-        dtype=x.dtype, eps=eps, interpret=interpret,
-    )  # fmt: skip
-    for i, result in zip(chosen, turned, strict=True):
-        heads[i] = result
-    return tuple(heads)
+    return turn_normed(
+        lambda heads, norms: _sum_norm_rope([own[None] for own in heads], norms, cos, sin, **options), heads, norms
+    )
 
 
 def in_two_launches(x: jax.Array, weights: Sequence[Weight], norms: Sequence[jax.Array | None]) -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minimax_kernels import checks
+from minimax_kernels.choose_experts.api import check_choice
 from minimax_kernels.implementation import dispatch, implementations
 from minimax_kernels.route_tokens import pallas_triton, reference
 
@@ -34,14 +34,7 @@ def route_tokens(
     checks.check_float("x", x)
     checks.check_rank("weight", weight, "[H, E]")
     checks.check_extent("weight", "H", weight.shape[0], x.shape[1], "in x")
-    checks.check_rank("bias", bias, "[E]")
-    checks.check_extent("bias", "E", bias.shape[0], weight.shape[1], "in weight")
-    for name, array in (("weight", weight), ("bias", bias)):
-        if array.dtype != jnp.float32:
-            raise ValueError(f"{name} is {array.dtype}: must be float32")
-    checks.check_positive("num_chosen", num_chosen)
-    if num_chosen > weight.shape[1]:
-        raise ValueError(f"num_chosen = {num_chosen}: must be at most weight's E = {weight.shape[1]}")
+    check_choice("weight", weight, bias, num_chosen)
     return dispatch(
         "route_tokens", _IMPLEMENTATIONS, impl, x, weight, bias,
         differentiable=True, num_chosen=num_chosen, scale=float(scale),
