@@ -57,17 +57,14 @@ def dispatch(
     # `out` is the one keyword of an operation that is an array
     arrays = {name: value for name, value in kwargs.items() if name == "out" and value is not None}
     static = {name: value for name, value in kwargs.items() if name not in arrays}
-    try:  # tracing shows a refusal without launching anything
+    call = _compiled(op, best, reference, tuple(static.items()), differentiable)
+    try:  # tracing shows a refusal without launching anything, and the call uses the trace
         _require_device(args)
-        jax.eval_shape(functools.partial(best, **static), *args, **arrays)
+        call.eval_shape(args, arrays)
     except NotImplementedError as refusal:
         warnings.warn(f"{op} falls back to 'reference' ({refusal})", stacklevel=3)
         return reference(*args, **kwargs)
-    how = best, reference, tuple(static.items()), differentiable
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, arrays))):
-        return _by_platform(*how)(args, arrays)
-    # compiled once, and for where the arrays are: outside a trace JAX would ask about its default device
-    return _compiled(*how)(args, arrays)
+    return call(args, arrays)
 
 
 def _by_platform(
@@ -86,9 +83,15 @@ def _by_platform(
     return run
 
 
-@functools.lru_cache(maxsize=128)
-def _compiled(*key: Any) -> Callable[..., Any]:
-    return jax.jit(_by_platform(*key))
+@functools.lru_cache(maxsize=256)
+def _compiled(op: str, *key: Any) -> Any:
+    """A jitted function, also for calls inside a trace: sixty equal layers are traced and lowered once.
+
+    Outside a trace it compiles for where the arrays are, while JAX would ask about its default device.
+    """
+    function = _by_platform(*key)
+    function.__name__ = function.__qualname__ = op  # in the names of a program's operations
+    return jax.jit(function)
 
 
 def _require_device(args: tuple[Any, ...]) -> None:

@@ -265,6 +265,28 @@ def test_lowered_for_cuda_the_kernel_is_chosen(on_a_gpu):
     assert "cosine" in texts["cpu"]
 
 
+def test_equal_calls_of_a_program_are_traced_and_lowered_once(on_a_gpu):
+    """As those of sixty layers are, of which each would take half a second; other shapes and options are others."""
+    traced = []
+
+    def best(x, *, scale):
+        traced.append((x.shape, scale))
+        return jnp.sin(x) * scale
+
+    implementations = {"pallas_triton": best, "reference": twice}
+
+    def layers(x, scales):
+        for scale in scales:
+            x = dispatch("op", implementations, None, x, scale=scale)
+        return x
+
+    program = jax.jit(functools.partial(layers, scales=(2.0,) * 5 + (3.0,) * 5)).trace(jnp.ones(2))
+    assert traced == [((2,), 2.0), ((2,), 3.0)]
+    assert program.lower(lowering_platforms=("cuda",)).as_text().count("sine") == 2
+    jax.jit(functools.partial(layers, scales=(2.0, 2.0))).trace(jnp.ones(3))
+    assert traced[2:] == [((3,), 2.0)]
+
+
 def test_with_a_gpu_a_refusal_falls_back_with_one_warning(on_a_gpu):
     implementations = {"pallas_triton": refuse, "reference": twice}
     with pytest.warns(UserWarning, match="op falls back to 'reference'") as caught:
