@@ -99,8 +99,9 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
         self._directory = directory
         self.ranks = ranks
         local = config if ranks is None else ranks.layout.local_config
-        self._steps = Steps(local, graphdef, self._names, ranks)
-        self._forward = FullForward(local, graphdef, self._names, ranks)
+        quantized = [name for name in self._names if isinstance(state[name], Mxfp8)]
+        self._steps = Steps(local, graphdef, self._names, ranks, quantized=quantized)
+        self._forward = FullForward(local, graphdef, self._names, ranks, quantized)
 
     @classmethod
     def from_pretrained(
@@ -462,8 +463,10 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
 
 
 def _fits(weight: jax.Array | Mxfp8, shape: tuple[int, ...]) -> bool:
-    if isinstance(weight, Mxfp8) and weight.scales.shape != (*shape[:-2], shape[-2] // MXFP8_BLOCK, *shape[-1:]):
-        return False
+    if isinstance(weight, Mxfp8):
+        *columns, inputs = weight.values.shape
+        if weight.scales.shape != (*columns, inputs // MXFP8_BLOCK):
+            return False
     return weight.shape == shape
 
 

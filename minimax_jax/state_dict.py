@@ -40,7 +40,7 @@ def named_tensors(state: Mapping[str, Any], config: MiniMaxM3Config, style: str)
         whole = state[tensor.name]
         for piece in tensor.pieces:
             if isinstance(whole, Mxfp8):
-                yield piece.name, _cut(whole.values, piece)
+                yield piece.name, _cut(whole.values, piece.values)
                 yield piece.scales.name, _cut(whole.scales, piece.scales)
             else:
                 yield piece.name, _cut(whole, piece)
@@ -99,7 +99,7 @@ def _assembled(tensor: StateTensor, given: Mapping[str, Any], state: Mapping[str
             scales = _host(given[piece.scales.name])
         if isinstance(whole, Mxfp8):
             values, scales = quantize_mxfp8(part) if scales is None else (part, scales)
-            _cut(whole.values, piece)[:] = values
+            _cut(whole.values, piece.values)[:] = values
             _cut(whole.scales, piece.scales)[:] = scales
         else:
             _cut(whole, piece)[:] = part if scales is None else dequantize_mxfp8(part, scales)

@@ -136,8 +136,9 @@ def _weight_calls(array: Any, tp: int, tokens: int) -> dict[str, tuple[tuple[Any
     import minimax_kernels as mk
 
     def mxfp8(*shape: int) -> Any:
-        scales = array(*shape[:-2], shape[-2] // 32, shape[-1], dtype=jnp.uint8)
-        return mk.Mxfp8(array(*shape, dtype=jnp.float8_e4m3fn), scales)
+        *lead, inputs, outputs = shape
+        values = array(*lead, outputs, inputs, dtype=jnp.float8_e4m3fn)
+        return mk.Mxfp8(values, array(*lead, outputs, inputs // 32, dtype=jnp.uint8))
 
     x, f32 = array(tokens, 6144), {"dtype": jnp.float32}
     heads, kv_heads = 64 // tp, max(4 // tp, 1)

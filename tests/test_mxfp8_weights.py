@@ -64,8 +64,7 @@ def quantised(model) -> dict[str, Mxfp8]:
 
 def meant(leaf: Mxfp8) -> np.ndarray:
     """What it stands for, by the definition that the files are read with."""
-    values, scales = (np.asarray(part).swapaxes(-1, -2) for part in (leaf.values, leaf.scales))
-    return dequantize_mxfp8(np.ascontiguousarray(values), np.ascontiguousarray(scales)).swapaxes(-1, -2)
+    return dequantize_mxfp8(np.asarray(leaf.values), np.asarray(leaf.scales)).swapaxes(-1, -2)
 
 
 def test_linears_and_experts_stay_in_8_bits_and_mean_the_same(kept, floats):
@@ -96,7 +95,7 @@ def test_a_nan_among_values_reaches_the_scale_of_its_block(small, kept, parallel
     for name, leaf in quantised(model).items():
         expected = np.array(kept.state()[name].scales)
         if name == "layers.0.self_attn.o_proj":
-            expected[2, 5] = 255
+            expected[5, 2] = 255
         np.testing.assert_array_equal(leaf.scales, expected, err_msg=name)
 
 
@@ -127,7 +126,7 @@ def test_ranks_hold_their_part(small, kept, spread, expert):
         np.testing.assert_array_equal(whole.scales, leaf.scales, err_msg=name)
     down = dict(zip(model._names, model.leaves, strict=True))["layers.1.mlp.experts.down_proj"]
     parts = [{shard.data.shape for shard in leaf.addressable_shards} for leaf in (down.values, down.scales)]
-    assert parts == ([{(2, 64, 64)}, {(2, 2, 64)}] if expert == 2 else [{(4, 32, 64)}, {(4, 1, 64)}])
+    assert parts == ([{(2, 64, 64)}, {(2, 64, 2)}] if expert == 2 else [{(4, 64, 32)}, {(4, 64, 1)}])
 
 
 def test_ranks_do_not_share_a_block(tmp_path):
@@ -196,7 +195,7 @@ def test_torch_gets_its_own_types(small):
 
 
 def test_the_trained_model_in_8_bits(tmp_path):
-    """Logits as multiplied out, loss as the original's, and no matrix at full size in floats on the device."""
+    """Logits as near as multiplied out, loss as the original's, no matrix at full size in floats on the device."""
     quantize_checkpoint("tiny", tmp_path / "q")
     original = MiniMaxM3ForCausalLM.from_pretrained("tiny", "bfloat16")
     text = HELD_OUT.read_text()
@@ -204,13 +203,15 @@ def test_the_trained_model_in_8_bits(tmp_path):
     others = {id(array) for array in jax.live_arrays()}
     kept = MiniMaxM3ForCausalLM.from_pretrained(tmp_path / "q", "bfloat16")
     logits = kept(ids).logits
-    shapes = {leaf.shape for leaf in quantised(kept).values()}
+    shapes = {shape for leaf in quantised(kept).values() for shape in (leaf.shape, leaf.values.shape)}
     new = [array for array in jax.live_arrays() if id(array) not in others]
     assert sum(array.shape in shapes and array.dtype == jnp.float8_e4m3fn for array in new) == len(quantised(kept))
     assert not [array.shape for array in new if array.shape in shapes and array.dtype.itemsize > 1]
     floats = MiniMaxM3ForCausalLM.from_pretrained(tmp_path / "q", "bfloat16", quantization="none")
     multiplied_out = floats(ids).logits
-    np.testing.assert_allclose(logits, multiplied_out, atol=3e-2)
+    exact = MiniMaxM3ForCausalLM.from_pretrained(tmp_path / "q", "float32", quantization="none")(ids).logits
+    errors = [float(jnp.sqrt(jnp.mean((given - exact) ** 2))) for given in (logits, multiplied_out)]
+    assert errors[0] < 1.1 * errors[1] < 0.1  # sums in another order round otherwise
     floats._leaves[:] = original.leaves  # so that it runs in what is compiled
     kept_loss, same, before = (float(causal_lm_loss(x, ids)) for x in (logits, multiplied_out, floats(ids).logits))
     print(f"loss in 8 bits {kept_loss:.4f}, multiplied out {same:.4f}, in bfloat16 {before:.4f}")

@@ -42,8 +42,8 @@ def test_a_ranks_slice_of_m3_fits_one_h100():
     four = Layout(slice_config(4, tiny=False), M3.parallel)
     structs = weight_structs(four, "mxfp8", jnp.bfloat16)
     assert structs["layers.3.mlp.experts.gate_up_proj"].values.shape == (16, 6144, 6144)
-    assert structs["layers.3.mlp.experts.gate_up_proj"].scales.shape == (16, 192, 6144)
-    assert structs["layers.0.self_attn.o_proj"].scales.shape == (32, 6144)
+    assert structs["layers.3.mlp.experts.gate_up_proj"].scales.shape == (16, 6144, 192)
+    assert structs["layers.0.self_attn.o_proj"].scales.shape == (6144, 32)
     assert structs["layers.3.self_attn.k_proj"].shape == (6144, 128)  # of four heads one
     assert structs["layers.3.mlp.gate.weight"].dtype == jnp.float32
     held = num_bytes(structs)
@@ -119,7 +119,7 @@ def test_weights_are_bytes_on_the_device_that_keep_activations_of_their_size():
     for name, leaf in state.items():
         if isinstance(leaf, Mxfp8):
             values, scales = np.asarray(leaf.values).astype(np.float32), np.asarray(leaf.scales).astype(int)
-            matrix = values * np.repeat(2.0 ** (scales - 127), 32, axis=-2)
+            matrix = values * np.repeat(2.0 ** (scales - 127), 32, axis=-1)
             assert np.isfinite(matrix).all(), name
             inputs = {"o_proj": 512, "down_proj": 64 if ".experts." in name else 256}.get(name.split(".")[-1], 128)
             assert 0.5 < matrix.std() * inputs**0.5 < 2.5, name
@@ -197,7 +197,7 @@ def test_kernels_during_which_another_process_had_the_device_count_as_in_other_s
 
 
 def test_copies_in_floats_are_found_where_they_are_written():
-    w = Mxfp8(jnp.zeros((64, 96), jnp.float8_e4m3fn), jnp.zeros((2, 96), jnp.uint8))
+    w = Mxfp8(jnp.zeros((96, 64), jnp.float8_e4m3fn), jnp.zeros((96, 2), jnp.uint8))
     written = jax.jit(dequantize).lower(w).compile().as_text()
     assert float_copies(written, [(64, 96)]) and not float_copies(written, [(96, 80)])
     assert float_copies(written, [(96, 64)]) and not float_copies(written, [(96, 64)], [(64, 96)])  # floats anyway

@@ -14,7 +14,7 @@ from minimax_jax.attention import ReferenceAttend
 from minimax_jax.model import SINGLE_DEVICE, abstract_model, merge_model, split_model
 from minimax_jax.parallel import Layout
 from minimax_jax.parallel.config import AXES
-from minimax_kernels import index_score, select_blocks, write_index
+from minimax_kernels import Mxfp8, index_score, select_blocks, write_index
 
 
 class SelectionRecorder(ReferenceAttend):
@@ -57,7 +57,8 @@ def selections(model: MiniMaxM3ForCausalLM, tokens: list[int]) -> list[np.ndarra
 
     if ranks is not None:
         every, none = jax.sharding.PartitionSpec(AXES), jax.sharding.PartitionSpec()
-        run = ranks.per_rank(run, (ranks.weight_specs(names), none), every)
+        quantized = {name for name, leaf in zip(names, model.leaves, strict=True) if isinstance(leaf, Mxfp8)}
+        run = ranks.per_rank(run, (ranks.weight_specs(names, quantized), none), every)
     return [np.asarray(layer) for layer in jax.jit(run)(model.leaves, jnp.asarray(tokens, jnp.int32))]
 
 

@@ -68,7 +68,8 @@ def random_weights(weights: str, config: MiniMaxM3Config, ranks: Ranks, dtype: A
     for key, (name, leaf) in zip(keys, shapes.items(), strict=True):
         splits = ranks.layout.splits(name)
         if isinstance(structs[name], Mxfp8):
-            state[name] = _drawn_mxfp8(ranks, splits, leaf.shape)(key, mxfp8_exponent(config, name))
+            columns_first = ranks.layout.splits(name, columns_first=True)
+            state[name] = _drawn_mxfp8(ranks, splits, columns_first, leaf.shape)(key, mxfp8_exponent(config, name))
         else:
             scale = 0.0 if leaf.ndim == 1 else leaf.shape[-2] ** -0.5
             state[name] = _drawn(ranks, splits, leaf.shape, leaf.dtype)(key, scale)
@@ -82,13 +83,16 @@ def _of_rank(key: Array, splits: tuple[Split, ...]) -> Array:
 
 
 @functools.lru_cache(maxsize=64)
-def _drawn_mxfp8(ranks: Ranks, splits: tuple[Split, ...], shape: tuple[int, ...]) -> Callable[..., Mxfp8]:
+def _drawn_mxfp8(
+    ranks: Ranks, splits: tuple[Split, ...], columns_first: tuple[Split, ...], shape: tuple[int, ...]
+) -> Callable[..., Mxfp8]:
     local = ranks.layout.local_shape(shape, splits)
 
     def draw(key: Array, exponent: Array) -> Mxfp8:
         return draw_mxfp8(_of_rank(key, splits), local, exponent)
 
-    return jax.jit(ranks.per_rank(draw, (PartitionSpec(), PartitionSpec()), ranks.layout.spec(splits)))
+    spec = ranks.layout.spec(columns_first)
+    return jax.jit(ranks.per_rank(draw, (PartitionSpec(), PartitionSpec()), spec))
 
 
 @functools.lru_cache(maxsize=64)

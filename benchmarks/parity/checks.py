@@ -282,8 +282,8 @@ def _project_norm_rope(sample: Sample, impl: str) -> Iterator[tuple[str, Callabl
         values = jnp.asarray(random.standard_normal((features, columns), np.float32))
         if not quantised:
             return values.astype(jnp.bfloat16)
-        scales = jnp.asarray(random.integers(120, 124, (features // 32, columns)), jnp.uint8)
-        return mk.Mxfp8(values.astype(jnp.float8_e4m3fn), scales)
+        scales = jnp.asarray(random.integers(120, 124, (columns, features // 32)), jnp.uint8)
+        return mk.Mxfp8(values.T.astype(jnp.float8_e4m3fn), scales)
 
     def parity(quantised: bool) -> dict[str, float]:
         angles = random.uniform(0, 1e5, (tokens, shape.head_dim // 4))

@@ -37,10 +37,10 @@ def _bytes(impl: str, shrink: int) -> list[str]:
     data = np.array([b for b in range(256) if b & 0x7F != 0x7F], np.uint8)
     scales = np.arange(0, 256, shrink, dtype=np.uint8)
     row, own_scale = np.tile(data, len(scales)), np.repeat(scales, data.size)
-    values = np.zeros((32, row.size), np.uint8)
-    values[0] = row
+    values = np.zeros((row.size, 32), np.uint8)
+    values[:, 0] = row
     columns = row.size - row.size % 16
-    weight = mk.Mxfp8(jnp.asarray(values[:, :columns]).view(jnp.float8_e4m3fn), jnp.asarray(own_scale[None, :columns]))
+    weight = mk.Mxfp8(jnp.asarray(values[:columns]).view(jnp.float8_e4m3fn), jnp.asarray(own_scale[:columns, None]))
     x = jnp.zeros((1, 32), jnp.bfloat16).at[0, 0].set(1)
     found = np.asarray(_run("matmul", impl, dtype=jnp.float32)(x, weight))[0]
     wrong = wrong_bytes(found, row[:columns], own_scale[:columns], flushes=jax.default_backend() == "cpu")

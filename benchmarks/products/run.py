@@ -22,7 +22,7 @@ PROGRESS_SECONDS = 10
 NOT_COMPILED = "not compiled in time"
 
 Key = tuple[str, str, int, int, int, int]
-Launched = tuple[int, int, int, int, int, int, int]  # block_m, block_n, block_k, splits, warps, stages, ahead
+Launched = tuple[int, int, int, int, int, int]  # block_m, block_n, block_k, splits, warps, stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +164,7 @@ def table_launch(launch: MatmulLaunch | None) -> Launched | None:
     if launch is None:
         return None
     own = launch.launch
-    return (
-        launch.block_m, launch.block_n, launch.block_k, launch.splits, own.num_warps, own.num_stages, int(launch.ahead),
-    )  # fmt: skip
+    return launch.block_m, launch.block_n, launch.block_k, launch.splits, own.num_warps, own.num_stages
 
 
 def _best(rows: Sequence[Row]) -> Row | None:

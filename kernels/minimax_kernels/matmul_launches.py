@@ -11,8 +11,7 @@ from minimax_kernels.triton_call import Launch, ceil_div, next_power_of_two
 LEAST_COLUMNS = 16  # of a tile, as the matrix instructions have them
 FEW_ROWS = 64  # rows up to which a product is bound by reading its weight
 MOST_BLOCK_K = 128
-MANY_INPUTS = 2048
-LEAST_ROWS = 64  # of a tile of MXFP8: with fewer, its bytes would reach the matrix units one by one
+LEAST_ROWS = 16  # of a tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +23,6 @@ class MatmulLaunch:
       block_n: columns of a program, a power of two that divides the weight's.
       block_k: inputs of a step, a multiple of 32 that divides the weight's.
       splits: programs that share the inputs of one tile; their partial sums are added up afterwards.
-      ahead: weights become bfloat16 a step before they are multiplied.
     """
 
     block_m: int
@@ -32,7 +30,6 @@ class MatmulLaunch:
     block_k: int
     splits: int
     launch: Launch
-    ahead: bool = False
 
 
 def measured_launch(
@@ -47,7 +44,7 @@ def measured_launch(
     found = PRODUCTS.get((kind, weight, num_groups, in_features, out_features, next_power_of_two(num_rows)))
     if found is None or column_divisor % found[1]:
         return None
-    return MatmulLaunch(*found[:4], Launch(*found[4:6]), ahead=bool(found[6]))
+    return MatmulLaunch(*found[:4], Launch(*found[4:6]))
 
 
 def largest_divisor(size: int, most: int) -> int:
@@ -69,21 +66,19 @@ def matmul_launch(
     if measured is not None:
         return measured
     if num_rows <= FEW_ROWS:
-        block_n = largest_divisor(column_divisor, 64)
-        if out_features < NUM_SMS * block_n <= 2 * out_features:  # narrower tiles fill the device without splits
-            block_n = max(block_n // 2, LEAST_COLUMNS)
-        block_k = largest_divisor(in_features, 64 if quantized and in_features >= MANY_INPUTS else MOST_BLOCK_K)
+        # 64 columns of an MXFP8 weight, its rows as it lies, are what the matrix instructions take
+        block_n, block_k = largest_divisor(column_divisor, 64), largest_divisor(in_features, MOST_BLOCK_K)
+        if not quantized and out_features < NUM_SMS * block_n <= 2 * out_features:
+            block_n = max(block_n // 2, LEAST_COLUMNS)  # narrower tiles fill the device without splits
         programs = out_features // block_n
         splits = _splits(programs, 3 * NUM_SMS, in_features // block_k) if programs < NUM_SMS else 1
-        if quantized:
-            return MatmulLaunch(LEAST_ROWS, block_n, block_k, splits, Launch(4, 4 if block_k <= 64 else 3))
-        block_m = max(next_power_of_two(num_rows), 16)
+        block_m = max(next_power_of_two(num_rows), LEAST_ROWS)
         return MatmulLaunch(block_m, block_n, block_k, splits, Launch(4, 4 if block_m <= 32 else 3))
     block_m, block_n = (128 if num_rows > 256 else 64), largest_divisor(column_divisor, 128)
     block_k = largest_divisor(in_features, 64)
     programs = ceil_div(num_rows, block_m) * (out_features // block_n)
     splits = _splits(programs, 2 * NUM_SMS, in_features // (2 * block_k)) if programs < NUM_SMS else 1
-    return MatmulLaunch(block_m, block_n, block_k, splits, Launch(4, 3), ahead=quantized)
+    return MatmulLaunch(block_m, block_n, block_k, splits, Launch(4, 3))
 
 
 def group_launch(
@@ -114,11 +109,13 @@ def group_launch(
     if mean_rows > FEW_ROWS:
         return MatmulLaunch(128 if mean_rows > 128 else 64, block_n, block_k, 1, Launch(4, 3))
     programs = min(num_rows, num_groups) * (out_features // halves // block_n)
+    # a group that has several times the mean takes several tiles, which find its weight in the second-level cache
+    block_m = min(max(next_power_of_two(2 * mean_rows), LEAST_ROWS), FEW_ROWS)
     if (num_rows if all_rows is None else all_rows) <= FEW_ROWS and programs < 2 * NUM_SMS:
         splits = min(_splits(programs, 8 * NUM_SMS, in_features // block_k), 8)
         if splits > 1:
-            return MatmulLaunch(LEAST_ROWS, block_n * halves, block_k, splits, Launch(4, 3))
-    return MatmulLaunch(LEAST_ROWS, block_n, block_k, 1, Launch(4, 3))
+            return MatmulLaunch(block_m, block_n * halves, block_k, splits, Launch(4, 4))
+    return MatmulLaunch(block_m, block_n, block_k, 1, Launch(4, 4))
 
 
 def _splits(programs: int, wanted: int, most: int) -> int:

@@ -1,4 +1,8 @@
-"""MXFP8 weights as a pytree: e4m3 values that share one e8m0 scale per 32 inputs."""
+"""MXFP8 weights as a pytree: e4m3 values that share one e8m0 scale per 32 inputs.
+
+The arrays have their outputs first, as checkpoints do. The inputs of one column of the matrix are then next to each
+other, as the matrix instructions want those of an operand that comes from registers, where bytes become bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +22,18 @@ class Mxfp8:
     """A quantised matrix or stack of matrices (OCP Microscaling Formats 1.0, MXFP8 E4M3).
 
     Attributes:
-      values: [..., K, N] float8_e4m3fn. Kernels take a NaN among them for 480: a block that holds one has scale 255.
-      scales: [..., K / 32, N] uint8, exponent biased by 127: the factor is 2 ** (scale - 127).
+      values: [..., N, K] float8_e4m3fn. Kernels take a NaN among them for 480: a block that holds one has scale 255.
+      scales: [..., N, K / 32] uint8, exponent biased by 127: the factor is 2 ** (scale - 127).
     """
 
-    values: Float[Array, "*E K N"]
-    scales: UInt[Array, "*E K/32 N"]
+    values: Float[Array, "*E N K"]
+    scales: UInt[Array, "*E N K/32"]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the matrix that this stands for."""
-        return tuple(self.values.shape)
+        """[..., K, N], the shape of the matrix that this stands for."""
+        *lead, columns, rows = self.values.shape
+        return (*lead, rows, columns)
 
     def check(self, name: str) -> None:
         """Raises a ValueError that names `name` if types or shapes do not fit each other."""
@@ -36,10 +41,11 @@ class Mxfp8:
             raise ValueError(
                 f"{name} is Mxfp8 of {self.values.dtype} and {self.scales.dtype}: must be float8_e4m3fn and uint8"
             )
-        *lead, rows, columns = self.shape
-        if rows % BLOCK or self.scales.shape != (*lead, rows // BLOCK, columns):
+        *columns, rows = self.values.shape
+        if rows % BLOCK or self.scales.shape != (*columns, rows // BLOCK):
             raise ValueError(
-                f"{name} has scales {tuple(self.scales.shape)} for values {self.shape}: must be [..., K / 32, N]"
+                f"{name} has scales {tuple(self.scales.shape)} for values {tuple(self.values.shape)}: must be "
+                f"[..., N, K / {BLOCK}] for [..., N, K]"
             )
 
     @property
@@ -48,8 +54,13 @@ class Mxfp8:
         return len(self.values.shape)
 
 
-def dequantize(w: Mxfp8, dtype: DTypeLike = jnp.float32) -> Array:
-    """values * 2 ** (scales - 127), by exponent arithmetic, so exact in float32; 255 gives NaN.
+def dequantize(w: Mxfp8, dtype: DTypeLike = jnp.float32) -> Float[Array, "*E K N"]:
+    """The matrix; see `dequantize_columns`."""
+    return dequantize_columns(w, dtype).swapaxes(-1, -2)
+
+
+def dequantize_columns(w: Mxfp8, dtype: DTypeLike = jnp.float32) -> Float[Array, "*E N K"]:
+    """The matrix's transpose: values * 2 ** (scales - 127), by exponent arithmetic, so exact in float32; 255 gives NaN.
 
     Backends that flush float32 subnormals give zero for them, and for all of a block of scale 0.
     """
@@ -57,4 +68,4 @@ def dequantize(w: Mxfp8, dtype: DTypeLike = jnp.float32) -> Array:
     subnormal = jnp.uint32(1 << 22)  # byte 0 is 2 ** -127, a float32 subnormal
     factor = jax.lax.bitcast_convert_type(jnp.where(w.scales == 0, subnormal, bits), jnp.float32)
     factor = jnp.where(w.scales == 255, jnp.nan, factor)
-    return (w.values.astype(jnp.float32) * jnp.repeat(factor, BLOCK, axis=-2)).astype(dtype)
+    return (w.values.astype(jnp.float32) * jnp.repeat(factor, BLOCK, axis=-1)).astype(dtype)

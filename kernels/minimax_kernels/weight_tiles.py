@@ -23,31 +23,40 @@ class WeightTiles:
     """References to a weight [K, N] or a stack of them [E, K, N], inside a kernel.
 
     Attributes:
-      refs: (matrix,) or an Mxfp8's (values, scales).
+      refs: (matrix,), or an Mxfp8's (values, scales), which have their columns first.
       lead: which of a stack, a scalar; None for one matrix.
+      columns_first: whether a matrix without scales is [N, K], too.
     """
 
     refs: tuple[Any, ...]
     lead: jax.Array | None = None
+    columns_first: bool = False
+
+    @property
+    def quantized(self) -> bool:
+        """Whether there are scales."""
+        return len(self.refs) > 1
 
     @property
     def in_features(self) -> int:
         """K."""
-        return self.refs[0].shape[-2]
+        return self.refs[0].shape[-1 if self.quantized or self.columns_first else -2]
 
-    def _load(self, ref: Any, row: jax.Array, rows: int, columns: jax.Array) -> jax.Array:
-        at = ((row + jnp.arange(rows, dtype=jnp.int32))[:, None], columns[None, :])
+    def _load(self, ref: Any, first: jax.Array, size: int, columns: jax.Array) -> jax.Array:
+        inputs = first + jnp.arange(size, dtype=jnp.int32)
+        if self.quantized or self.columns_first:
+            at = (columns[:, None], inputs[None, :])
+        else:
+            at = (inputs[:, None], columns[None, :])
         return ref[at] if self.lead is None else ref[(self.lead, *at)]
 
     def values(self, k: jax.Array, size: int, columns: jax.Array) -> jax.Array:
-        """[size, len(columns)] of rows k on, as they are stored."""
+        """[size, columns] of inputs k on, or [columns, size], as they are stored."""
         return self._load(self.refs[0], k, size, columns)
 
-    def scales(self, k: jax.Array, size: int, columns: jax.Array) -> tuple[jax.Array, ...]:
-        """Of rows k on; empty for a weight without."""
-        if len(self.refs) == 1:
-            return ()
-        return (self._load(self.refs[1], lax.div(k, BLOCK), size // BLOCK, columns),)
+    def scales(self, k: jax.Array, size: int, columns: jax.Array) -> jax.Array:
+        """[columns, size / 32] of inputs k on."""
+        return self._load(self.refs[1], lax.div(k, BLOCK), size // BLOCK, columns)
 
 
 def weight_refs(weight: Weight) -> tuple[jax.Array, ...]:
@@ -78,48 +87,50 @@ def multiply_tile(
     block_k: int,
     begin: jax.Array | int,
     stop: jax.Array | int,
-    ahead: bool,
+    rows_first: bool = False,
     interpret: bool,
 ) -> jax.Array:
     """float32 [num_rows, len(columns)] products with these columns, over a range of inputs.
 
+    An MXFP8 weight is the first operand of the matrix instructions, which may come from registers: what has become
+    bfloat16 there goes through no other memory on its way to the matrix units, and rows may be as few as 8.
+
     Args:
       rows_at: k -> [num_rows, block_k], the rows' inputs from k on.
       begin, stop: the range, in steps of block_k inputs.
-      ahead: a step multiplies the tile that the step before has made bfloat16, whose bytes the one before that has
-        loaded into registers: two steps' work at a time, less shared memory, more registers.
+      rows_first: takes rows as the first operand all the same. ptxas keeps matrix instructions under way together in
+        one loop of a kernel; in two loops with operands in registers it waits for each.
     """
-    last = weight.in_features // block_k - 1
 
-    def scales(i: jax.Array) -> tuple[jax.Array, ...]:
-        return weight.scales(jnp.minimum(i, last) * block_k, block_k, columns)
+    def product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+        if interpret:  # its dot takes no mixed types, and the CPU's has bfloat16 sums
+            a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        dimensions = (((contract[0],), (contract[1],)), ((), ()))
+        return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
     def values(i: jax.Array) -> jax.Array:
         return weight.values(i * block_k, block_k, columns)
 
-    def whole(tile: jax.Array, scale: tuple[jax.Array, ...]) -> jax.Array:
-        return dequantize_tile(tile, *scale, interpret=interpret) if scale else tile
+    if not weight.quantized:
 
-    def add_product(total: jax.Array, i: jax.Array, w: jax.Array) -> jax.Array:
-        x = rows_at(i * block_k)
-        if interpret:  # its dot takes no mixed types, and the CPU's has bfloat16 sums
-            x, w = x.astype(jnp.float32), w.astype(jnp.float32)
-        return total + lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        def add_product(i: jax.Array, total: jax.Array) -> jax.Array:
+            return total + product(rows_at(i * block_k), values(i), (1, 1 if weight.columns_first else 0))
 
-    def step(i: jax.Array, carry: Any) -> Any:
+        return lax.fori_loop(begin, stop, add_product, jnp.zeros((num_rows, columns.shape[0]), jnp.float32))
+
+    last = weight.in_features // block_k - 1
+
+    def scales(i: jax.Array) -> jax.Array:
+        return weight.scales(jnp.minimum(i, last) * block_k, block_k, columns)
+
+    def add_dequantized(i: jax.Array, carry: Any) -> Any:
         total, scale = carry
+        tile = values(i)
         # a few bytes a thread, which asynchronous copies do not take: loaded a step ahead
         following = scales(i + 1)
-        return add_product(total, i, whole(values(i), scale)), following
+        w, x = dequantize_tile(tile, scale, interpret=interpret), rows_at(i * block_k)
+        return total + (product(x, w, (1, 1)) if rows_first else product(w, x, (1, 1))), following
 
-    def step_ahead(i: jax.Array, carry: Any) -> Any:
-        total, w, tile, scale = carry
-        following = values(jnp.minimum(i + 2, last)), scales(i + 2)
-        return add_product(total, i, w), whole(tile, scale), *following
-
-    total, first = jnp.zeros((num_rows, columns.shape[0]), jnp.float32), jnp.int32(begin)
-    if not ahead:
-        return lax.fori_loop(begin, stop, step, (total, scales(first)))[0]
-    second = jnp.minimum(first + 1, last)
-    start = total, whole(values(first), scales(first)), values(second), scales(second)
-    return lax.fori_loop(begin, stop, step_ahead, start)[0]
+    shape = (num_rows, columns.shape[0]) if rows_first else (columns.shape[0], num_rows)
+    total, _ = lax.fori_loop(begin, stop, add_dequantized, (jnp.zeros(shape, jnp.float32), scales(jnp.int32(begin))))
+    return total if rows_first else total.T

@@ -89,13 +89,13 @@ class LoadPlan:
     def read_values(
         self, name: str, ranges: tuple[Range, ...] | None = None, executor: Executor | None = None
     ) -> np.ndarray:
-        """The float8_e4m3fn values of a tensor of `kept`, as `read`."""
-        return read_state_tensor(self.files, self.tensors[name], _E4M3, ranges, executor)
+        """The float8_e4m3fn values of a tensor of `kept`, [..., out, in], as `read`."""
+        return read_state_tensor(self.files, self.tensors[name].values, _E4M3, ranges, executor)
 
     def read_scales(
         self, name: str, ranges: tuple[Range, ...] | None = None, executor: Executor | None = None
     ) -> np.ndarray:
-        """Its uint8 scales, [..., in / 32, out], as `read`."""
+        """Its uint8 scales, [..., out, in / 32], as `read`."""
         return read_state_tensor(self.files, self.tensors[name].scales, np.dtype(np.uint8), ranges, executor)
 
 
@@ -204,15 +204,19 @@ def _on_device(plan: LoadPlan, name: str, device: Any, ranks: Ranks | None, thre
     from minimax_jax.checkpoint.nan_blocks import marked_scales
     from minimax_kernels import Mxfp8
 
+    kept, tensor = name in plan.kept, plan.tensors[name]
+
     def placed(read: Callable[..., np.ndarray], shape: tuple[int, ...]) -> jax.Array:
         reading = functools.partial(read, name, executor=threads)
-        array = jax.device_put(reading(), device) if ranks is None else ranks.assemble(name, shape, reading)
+        if ranks is None:
+            array = jax.device_put(reading(), device)
+        else:
+            array = ranks.assemble(name, shape, reading, columns_first=kept)
         return array.block_until_ready()
 
-    tensor = plan.tensors[name]
-    if name not in plan.kept:
+    if not kept:
         return placed(plan.read, tensor.shape)
-    values = placed(plan.read_values, tensor.shape)
+    values = placed(plan.read_values, tensor.values.shape)
     try:
         weight = Mxfp8(values, placed(plan.read_scales, tensor.scales.shape))
         return Mxfp8(values, marked_scales(weight))

@@ -140,10 +140,15 @@ class Piece:
         return Read(self, self._swap(tuple(file_index)), tuple(target))
 
     @property
+    def values(self) -> Piece:
+        """The same file tensor among MXFP8 values, which lie in the state as they do in files."""
+        return dataclasses.replace(self, start=self._swap(self.start), transposed=False)
+
+    @property
     def scales(self) -> Piece:
-        """The file tensor of this one's MXFP8 scales, at its place among the state tensor's; inputs begin at 0."""
+        """The file tensor of this one's MXFP8 scales, at its place among those; inputs begin at 0."""
         shape = (*self.shape[:-1], self.shape[-1] // MXFP8_BLOCK)
-        return dataclasses.replace(self, name=self.name + SCALE_SUFFIX, shape=shape, quantisable=False)
+        return dataclasses.replace(self.values, name=self.name + SCALE_SUFFIX, shape=shape, quantisable=False)
 
     def _swap(self, axes: tuple) -> tuple:
         return (*axes[:-2], axes[-1], axes[-2]) if self.transposed else axes
@@ -174,11 +179,17 @@ class StateTensor:
         return (read for piece in self.pieces if (read := piece.read(ranges)) is not None)
 
     @property
+    def values(self) -> StateTensor:
+        """The same tensor as the values of an `Mxfp8`, [..., out, in]."""
+        *lead, inputs, outputs = self.shape
+        return StateTensor(self.name, (*lead, outputs, inputs), tuple(piece.values for piece in self.pieces))
+
+    @property
     def scales(self) -> StateTensor:
-        """The same tensor's MXFP8 scales, [..., in / 32, out], from the file's tensors of scales."""
-        pieces = tuple(piece.scales for piece in self.pieces)
-        shape = (*self.shape[:-2], self.shape[-2] // MXFP8_BLOCK, self.shape[-1])
-        return StateTensor(self.name, shape, pieces)
+        """The same tensor's MXFP8 scales, [..., out, in / 32], from the file's tensors of scales."""
+        *lead, inputs, outputs = self.shape
+        shape = (*lead, outputs, inputs // MXFP8_BLOCK)
+        return StateTensor(self.name, shape, tuple(piece.scales for piece in self.pieces))
 
 
 def state_tensors(config: MiniMaxM3Config, style: Style) -> dict[str, StateTensor]:

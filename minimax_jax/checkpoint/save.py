@@ -207,7 +207,7 @@ def _file_tensors(
             continue
         values, scales = _to_host(leaf.values), _to_host(leaf.scales)
         for piece in tensor.pieces:
-            parts = _cut(values, piece), _cut(scales, piece.scales)
+            parts = _cut(values, piece.values), _cut(scales, piece.scales)
             if tensor.name in kept:
                 yield piece.name, parts[0]
                 yield piece.scales.name, parts[1]

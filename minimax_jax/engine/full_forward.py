@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -61,9 +61,19 @@ class FullForward:
     """The compiled forward of one model; see `Steps` for the arguments."""
 
     def __init__(
-        self, config: MiniMaxM3Config, graphdef: nnx.GraphDef, names: tuple[str, ...], ranks: Ranks | None = None
+        self,
+        config: MiniMaxM3Config,
+        graphdef: nnx.GraphDef,
+        names: tuple[str, ...],
+        ranks: Ranks | None = None,
+        quantized: Collection[str] = (),
     ):
+        """
+        Args:
+          quantized: names of the weights that are `Mxfp8`.
+        """
         self._config, self._graphdef, self._names, self._ranks = config, graphdef, names, ranks
+        self._quantized = frozenset(quantized)
         self._run = jax.jit(self._pass, donate_argnums=1, static_argnames=("max_len", "hidden_states", "router_logits"))
 
     def __call__(
@@ -126,7 +136,7 @@ class FullForward:
         )
         if (ranks := self._ranks) is not None:
             held = None if caches is None else ranks.cache_specs
-            given = (ranks.weight_specs(self._names), held, ranks.rows)
+            given = (ranks.weight_specs(self._names, self._quantized), held, ranks.rows)
             run = ranks.per_rank(run, given, ((ranks.logits, ranks.rows, ranks.rows), held))
         return run(leaves, caches, step)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class SegmentedPrefill:
         attention: PagedAttention | None = None,
         ranks: Ranks | None = None,
         comm: Comm | None = None,
+        quantized: Collection[str] = (),
         compiler_options: Mapping[str, Any] | None = None,
         dump_to: str | Path | None = None,
     ):
@@ -66,6 +67,7 @@ class SegmentedPrefill:
           attention: the executables behind the boundary, over the same ranks; None for ones with the best kernels.
           ranks: what the model is spread over, None for one device.
           comm: what modules get; None for that of `ranks`, or of one device.
+          quantized: names of the weights that are `Mxfp8`.
           compiler_options, dump_to: as `segmented_jit` takes them.
         """
         self._config, self._graphdef, self._names = config, graphdef, names
@@ -74,7 +76,7 @@ class SegmentedPrefill:
         self.attention = PagedAttention(config, ranks=ranks) if attention is None else attention
         over: dict[str, Any] = {}
         if ranks is not None:
-            specs = (ranks.weight_specs(names), ranks.columns, ranks.columns)
+            specs = (ranks.weight_specs(names, quantized), ranks.columns, ranks.columns)
             over = {"mesh": ranks.mesh, "in_specs": specs, "out_specs": ranks.rows}
         self.layers = segmented_jit(
             self._layers,

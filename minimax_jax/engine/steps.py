@@ -7,7 +7,7 @@ are updated in place.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -52,17 +52,20 @@ class Steps:
         ranks: Ranks | None = None,
         *,
         comm: Comm | None = None,
+        quantized: Collection[str] = (),
     ):
         """
         Args:
           config, graphdef: of the whole model, or with `ranks` of one rank.
           ranks: what the model is spread over. Every rank of a data group gets the group's rows; see `Ranks`.
           comm: what modules get; None for that of `ranks`, or of one device.
+          quantized: names of the weights that are `Mxfp8`.
         """
         self.traces = {"layers": 0, "pick": 0, "decode": 0}
         self.ranks = ranks
         self._comm = comm or (SINGLE_DEVICE if ranks is None else ranks.comm)
         self._config, self._graphdef, self._names = config, graphdef, names
+        self._quantized = frozenset(quantized)
         self.layers = jax.jit(self._layers, donate_argnums=(1,))
         self.score = jax.jit(self._score, static_argnames="num_logprobs")
         self.edit_pages = jax.jit(self._edit_pages, donate_argnums=(0,))
@@ -107,6 +110,7 @@ class Steps:
         return SegmentedPrefill(
             self._config, self._graphdef, self._names,
             max_tokens=buckets[-1], buckets=buckets, attention=attention, ranks=self.ranks, comm=self._comm,
+            quantized=self._quantized,
         )  # fmt: skip
 
     def _take_rows(self) -> Callable[[Array, Array], Array]:
@@ -125,7 +129,7 @@ class Steps:
 
     @property
     def _weights(self) -> Any:
-        return None if self.ranks is None else self.ranks.weight_specs(self._names)
+        return None if self.ranks is None else self.ranks.weight_specs(self._names, self._quantized)
 
     @property
     def _caches(self) -> Any:

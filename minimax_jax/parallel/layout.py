@@ -40,10 +40,20 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Tensors whose name matches `pattern` (its end, whole parts) are split so; without splits every rank has all."""
+    """Tensors whose name matches `pattern` (its end, whole parts) are split so; without splits every rank has all.
+
+    Attributes:
+      stacked: they are one matrix for each expert.
+    """
 
     pattern: str
     splits: tuple[Split, ...] = ()
+    stacked: bool = False
+
+    def turned(self, split: Split) -> Split:
+        """The split of the same matrices with their last two axes in each other's place."""
+        lead = 1 if self.stacked else 0
+        return split if split.axis < lead else dataclasses.replace(split, axis=2 * lead + 1 - split.axis)
 
 
 RULES = (
@@ -54,8 +64,8 @@ RULES = (
     Rule(r"self_attn\.o_proj", (Split(0, HEADS),)),
     Rule(r"self_attn\.index_q_proj", (Split(1, HEADS, heads="index_n_heads"),)),
     Rule(r"self_attn\.index_k_proj"),
-    Rule(r"experts\.gate_up_proj", (Split(0, EXPERTS), Split(2, WIDTH, halves=True))),
-    Rule(r"experts\.down_proj", (Split(0, EXPERTS), Split(1, WIDTH))),
+    Rule(r"experts\.gate_up_proj", (Split(0, EXPERTS), Split(2, WIDTH, halves=True)), stacked=True),
+    Rule(r"experts\.down_proj", (Split(0, EXPERTS), Split(1, WIDTH)), stacked=True),
     Rule(r"(mlp|shared_experts)\.gate_up_proj", (Split(1, TOKENS, halves=True),)),
     Rule(r"(mlp|shared_experts)\.down_proj", (Split(0, TOKENS),)),
     Rule(r"gate\.(weight|e_score_correction_bias)"),
@@ -112,8 +122,11 @@ class Layout:
         """Ranks over which the index keys of a data group are split."""
         return self.parallel.tensor if self.parallel.split_index_keys else 1
 
-    def splits(self, name: str) -> tuple[Split, ...]:
+    def splits(self, name: str, *, columns_first: bool = False) -> tuple[Split, ...]:
         """How a state tensor is split, from `RULES`.
+
+        Args:
+          columns_first: of a matrix, or a stack of them, whose last two axes have changed places: an `Mxfp8`'s arrays.
 
         Raises:
           ValueError: for a name that is in none of them.
@@ -121,7 +134,7 @@ class Layout:
         # "experts.…" must not match "shared_experts.…": a rule begins where a part of the name does
         for rule in RULES:
             if re.search(rf"(^|\.){rule.pattern}$", name):
-                return rule.splits
+                return tuple(map(rule.turned, rule.splits)) if columns_first else rule.splits
         raise ValueError(f"name = {name!r}: no rule says how this tensor is laid out")
 
     def spec(self, splits: tuple[Split, ...]) -> PartitionSpec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -57,9 +57,13 @@ class Ranks:
         """The shape of the global array of a weight that has `shape` in the whole model."""
         return self.layout.global_shape(shape, self.layout.splits(name))
 
-    def weight_specs(self, names: Sequence[str]) -> list[PartitionSpec]:
-        """How weights are sharded, for `per_rank`; scales as their values."""
-        return [self.layout.spec(self.layout.splits(name)) for name in names]
+    def weight_specs(self, names: Sequence[str], quantized: Collection[str] = ()) -> list[PartitionSpec]:
+        """How weights are sharded, for `per_rank`.
+
+        Args:
+          quantized: which of them are `Mxfp8`, whose scales are sharded as their values.
+        """
+        return [self.layout.spec(self.layout.splits(name, columns_first=name in quantized)) for name in names]
 
     @property
     def cache_specs(self) -> PagedCaches:
@@ -78,7 +82,14 @@ class Ranks:
             groups=self.groups,
         )
 
-    def assemble(self, name: str, shape: tuple[int, ...], read: Callable[[tuple[Range, ...]], np.ndarray]) -> jax.Array:
+    def assemble(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        read: Callable[[tuple[Range, ...]], np.ndarray],
+        *,
+        columns_first: bool = False,
+    ) -> jax.Array:
         """The global array of a weight, made from what this process's devices need of it and no more.
 
         The host holds one rank's part at a time; ranks that hold the same share one read.
@@ -86,8 +97,9 @@ class Ranks:
         Args:
           shape: in the whole model.
           read: gives half-open ranges of the whole, one per axis.
+          columns_first: whether it is one of an `Mxfp8`'s arrays.
         """
-        splits = self.layout.splits(name)
+        splits = self.layout.splits(name, columns_first=columns_first)
         sharding = NamedSharding(self.mesh, self.layout.spec(splits))
         ranks: dict[tuple[tuple[Range, ...], ...], list[jax.Device]] = {}
         for rank, device in enumerate(self.mesh.devices.flat):
@@ -106,7 +118,7 @@ class Ranks:
                     part[index] = read(box)
             shards += [jax.device_put(part, device, may_alias=False) for device in devices]
             jax.block_until_ready(shards)  # so that the host's copy is gone before the next one comes
-        return jax.make_array_from_single_device_arrays(self.global_shape(name, shape), sharding, shards)
+        return jax.make_array_from_single_device_arrays(self.layout.global_shape(shape, splits), sharding, shards)
 
     def put(self, name: str, whole: Any) -> Any:
         """The global array of a weight that lies on the host, or on one device; of an `Mxfp8` both arrays.
@@ -114,18 +126,24 @@ class Ranks:
         Raises:
           ParallelError: if ranks would share a block of inputs with one scale.
         """
-        if isinstance(whole, Mxfp8):
+        quantized = isinstance(whole, Mxfp8)
+        if quantized:
             self.layout.check_blocks({name: whole.shape})
 
         def spread(array: np.ndarray | jax.Array) -> jax.Array:
             host = np.asarray(array)
-            return self.assemble(name, host.shape, lambda ranges: host[tuple(slice(*part) for part in ranges)])
+
+            def read(ranges: tuple[Range, ...]) -> np.ndarray:
+                return host[tuple(slice(*part) for part in ranges)]
+
+            return self.assemble(name, host.shape, read, columns_first=quantized)
 
         return jax.tree.map(spread, whole)
 
     def whole(self, name: str, weight: Any) -> Any:
         """The whole weight on the host; of an `Mxfp8` both arrays."""
-        return jax.tree.map(lambda array: self.layout.whole(np.asarray(array), self.layout.splits(name)), weight)
+        splits = self.layout.splits(name, columns_first=isinstance(weight, Mxfp8))
+        return jax.tree.map(lambda array: self.layout.whole(np.asarray(array), splits), weight)
 
     def place(self, values: Any, specs: Any) -> Any:
         """What a step takes, from arrays that every process has, on the devices; one spec a leaf."""

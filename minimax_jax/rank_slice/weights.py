@@ -40,8 +40,9 @@ def weight_structs(layout: Layout, weights: str, dtype: DTypeLike) -> dict[str, 
         shape = layout.local_shape(struct.shape, layout.splits(name))
         if weights == "mxfp8" and all(piece.quantisable for piece in tensors[name].pieces):
             layout.check_blocks({name: struct.shape})
-            scales = (*shape[:-2], shape[-2] // MXFP8_BLOCK, shape[-1])
-            structs[name] = Mxfp8(_struct(shape, jnp.float8_e4m3fn), _struct(scales, jnp.uint8))
+            *lead, inputs, outputs = shape
+            values, scales = (*lead, outputs, inputs), (*lead, outputs, inputs // MXFP8_BLOCK)
+            structs[name] = Mxfp8(_struct(values, jnp.float8_e4m3fn), _struct(scales, jnp.uint8))
         else:
             structs[name] = _struct(shape, struct.dtype)
     return structs
@@ -147,12 +148,17 @@ def _draw(key: jax.Array, shape: tuple[int, ...], dtype: Any, scale: jax.Array) 
 
 @functools.partial(jax.jit, static_argnums=1)
 def draw_mxfp8(key: jax.Array, shape: tuple[int, ...], exponent: jax.Array | float) -> Mxfp8:
-    """Bytes that are no NaN, with scales of one of three neighbouring powers of two around 2 ** -exponent."""
+    """Bytes that are no NaN, with scales of one of three neighbouring powers of two around 2 ** -exponent.
+
+    Args:
+      shape: [..., K, N] of the matrices.
+    """
     values, scales = jax.random.split(key)
-    words = jax.random.bits(values, (*shape[:-1], shape[-1] // 4), jnp.uint32)
-    codes = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(shape)
+    *lead, inputs, outputs = shape
+    words = jax.random.bits(values, (*lead, outputs, inputs // 4), jnp.uint32)
+    codes = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*lead, outputs, inputs)
     codes = jnp.where(codes & 0x7F == 0x7F, codes ^ 1, codes)
-    around = jax.random.randint(scales, (*shape[:-2], shape[-2] // MXFP8_BLOCK, shape[-1]), -1, 2)
+    around = jax.random.randint(scales, (*lead, outputs, inputs // MXFP8_BLOCK), -1, 2)
     return Mxfp8(
         jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn),
         (127 - jnp.round(exponent).astype(jnp.int32) + around).astype(jnp.uint8),

@@ -77,7 +77,7 @@ def test_weights_in_8_bits_are_drawn_into_their_shards():
     ranks = Ranks(config, ParallelConfig(2, 2))
     state = MAKERS["mxfp8"](config, ranks, jnp.bfloat16)
     up = state["layers.1.mlp.experts.gate_up_proj"]
-    assert isinstance(up, Mxfp8) and up.shape == (8, 64, 64) and up.scales.shape == (8, 2, 64)
+    assert isinstance(up, Mxfp8) and up.shape == (8, 64, 64) and up.scales.shape == (8, 64, 2)
     first, second = (shard.data for shard in up.values.addressable_shards)
     assert first.shape == second.shape == (4, 64, 64) and (np.asarray(first) != np.asarray(second)).any()
     assert not np.isnan(np.asarray(up.values).astype(np.float32)).any()

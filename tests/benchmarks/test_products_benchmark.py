@@ -40,7 +40,6 @@ def test_candidates_fit_their_weights():
         for launch in found:
             assert case.inputs % launch.block_k == 0 and launch.splits <= case.inputs // launch.block_k
             assert all(width % launch.block_n == 0 for width in case.widths)
-        assert {launch.block_m for launch in found} > {16} or case.rows > 64
 
 
 def test_a_case_is_checked_and_timed_and_its_table_is_read_back(tmp_path, monkeypatch):
@@ -59,7 +58,7 @@ def test_a_case_is_checked_and_timed_and_its_table_is_read_back(tmp_path, monkey
     spec = importlib.util.spec_from_file_location("bench_products", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    chosen = (16, 16, 32, 2, 8, 5, 1)
+    chosen = (16, 16, 32, 2, 8, 5)
     namespace: dict = {}
     exec(script.table_text({**best, case.key: chosen}), namespace)
     monkeypatch.setattr("minimax_kernels.matmul_launches.PRODUCTS", namespace["PRODUCTS"])

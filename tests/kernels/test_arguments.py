@@ -49,8 +49,9 @@ ARGS["msa"] = ARGS["dense_attention"] | {
 
 
 def quantised(*shape, scale_rows=None, lead=None):
-    scales = (*(shape[:-2] if lead is None else lead), scale_rows or shape[-2] // 32, shape[-1])
-    return mk.Mxfp8(jnp.zeros(shape, jnp.float8_e4m3fn), jnp.full(scales, 127, jnp.uint8))
+    *own, inputs, outputs = shape
+    scales = (*(own if lead is None else lead), outputs, scale_rows or inputs // 32)
+    return mk.Mxfp8(jnp.zeros((*own, outputs, inputs), jnp.float8_e4m3fn), jnp.full(scales, 127, jnp.uint8))
 
 
 def batch_with(**changes):
@@ -130,7 +131,7 @@ ERRORS = {
         ({"x": jnp.zeros((5, 32), jnp.int32)}, "x is int32: must be one of"),
         ({"w": jnp.zeros((32, 4))}, r"w has shape \(32, 4\): must be \[E, K, N\]"),
         ({"w": jnp.zeros((3, 16, 4))}, "x has K = 32: must be 16, as in w"),
-        ({"w": quantised(3, 32, 4, lead=())}, r"w has scales \(1, 4\) for values \(3, 32, 4\): must be"),
+        ({"w": quantised(3, 32, 4, lead=())}, r"w has scales \(4, 1\) for values \(3, 4, 32\): must be"),
         ({"group_sizes": jnp.zeros(3)}, "group_sizes is float32: must be an integer type"),
         ({"group_sizes": jnp.zeros((3, 1), jnp.int32)}, r"group_sizes has shape \(3, 1\): must be \[E\]"),
         ({"group_sizes": jnp.zeros(2, jnp.int32)}, "group_sizes has E = 2: must be 3, as in w"),
@@ -163,8 +164,8 @@ ERRORS = {
         ({"w": (jnp.zeros((32, 4)),), "activation": SWIGLU}, "activation: must be None where w is a tuple"),
         ({"w": jnp.zeros((32, 3)), "activation": SWIGLU}, "w's last axis = 3: must be a multiple of the number of hal"),
         ({"w": ()}, r"w = \(\): must be a weight or at least one of them"),
-        ({"w": mk.Mxfp8(jnp.zeros((32, 4)), jnp.zeros((1, 4)))}, "w is Mxfp8 of float32 and float32: must be float8"),
-        ({"w": quantised(32, 4, scale_rows=2)}, r"w has scales \(2, 4\) for values \(32, 4\): must be"),
+        ({"w": mk.Mxfp8(jnp.zeros((4, 32)), jnp.zeros((4, 1)))}, "w is Mxfp8 of float32 and float32: must be float8"),
+        ({"w": quantised(32, 4, scale_rows=2)}, r"w has scales \(4, 2\) for values \(4, 32\): must be"),
     ],
     "routed_experts": [
         ({"x": jnp.zeros((5, 1, 32))}, r"x has shape \(5, 1, 32\): must be \[T, H\]"),

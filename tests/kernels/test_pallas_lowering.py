@@ -160,7 +160,9 @@ def test_out_is_aliased():
 
 
 def mxfp8(*shape):
-    return mk.Mxfp8(SHAPE(shape, jnp.float8_e4m3fn), SHAPE((*shape[:-2], shape[-2] // 32, shape[-1]), jnp.uint8))
+    *lead, inputs, outputs = shape
+    values = SHAPE((*lead, outputs, inputs), jnp.float8_e4m3fn)
+    return mk.Mxfp8(values, SHAPE((*lead, outputs, inputs // 32), jnp.uint8))
 
 
 @pytest.mark.parametrize("tokens", [1, 33, 300, 8192])

@@ -149,10 +149,10 @@ def groups(draw, rows, count):
 
 
 def mxfp8(random, experts, rows, columns):
-    values = (random.standard_normal((experts, rows, columns)) * 30).astype(ml_dtypes.float8_e4m3fn)
-    scales = random.integers(115, 125, (experts, rows // 32, columns)).astype(np.uint8)
-    wide = values.astype(np.float64) * 2.0 ** (np.repeat(scales.astype(np.int64), 32, axis=1) - 127)
-    return mk.Mxfp8(jnp.asarray(values), jnp.asarray(scales)), wide
+    values = (random.standard_normal((experts, columns, rows)) * 30).astype(ml_dtypes.float8_e4m3fn)
+    scales = random.integers(115, 125, (experts, columns, rows // 32)).astype(np.uint8)
+    wide = values.astype(np.float64) * 2.0 ** (np.repeat(scales.astype(np.int64), 32, axis=2) - 127)
+    return mk.Mxfp8(jnp.asarray(values), jnp.asarray(scales)), wide.swapaxes(1, 2)
 
 
 @pytest.mark.parametrize("quantised", [False, True])
@@ -204,10 +204,10 @@ def test_grouped_matmul_in_bfloat16_accumulates_in_float32():
 def test_mxfp8_dequantisation_of_every_byte():
     """All 256 values under all 256 scales, exact; 255 is NaN."""
     values = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
-    matrix = np.broadcast_to(values, (32, 256))
+    matrix = np.broadcast_to(values[:, None], (256, 32))
     with np.errstate(over="ignore"):
         for scale in [*range(256)]:
-            scales = np.full((1, 256), scale, np.uint8)
+            scales = np.full((256, 1), scale, np.uint8)
             result = dequantize(mk.Mxfp8(jnp.asarray(matrix), jnp.asarray(scales)))
             factor = np.nan if scale == 255 else 2.0 ** (scale - 127)
             expected = (values.astype(np.float64) * factor).astype(np.float32)

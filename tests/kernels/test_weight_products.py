@@ -29,9 +29,11 @@ EXPERTS, HIDDEN, WIDTH, PER_TOKEN = 5, 256, 64, 3
 
 def weight(random, *shape, quantised=True):
     """(weight, what it stands for in float64)."""
-    values = (random.standard_normal(shape) * 30).astype(ml_dtypes.float8_e4m3fn)
-    scales = random.integers(115, 125, (*shape[:-2], shape[-2] // 32, shape[-1])).astype(np.uint8)
-    wide = values.astype(np.float64) * 2.0 ** (np.repeat(scales.astype(np.int64), 32, axis=-2) - 127)
+    *lead, inputs, outputs = shape
+    values = (random.standard_normal((*lead, outputs, inputs)) * 30).astype(ml_dtypes.float8_e4m3fn)
+    scales = random.integers(115, 125, (*lead, outputs, inputs // 32)).astype(np.uint8)
+    wide = values.astype(np.float64) * 2.0 ** (np.repeat(scales.astype(np.int64), 32, axis=-1) - 127)
+    wide = wide.swapaxes(-1, -2)
     if quantised:
         return mk.Mxfp8(jnp.asarray(values), jnp.asarray(scales)), wide
     return jnp.asarray(wide, jnp.bfloat16), wide  # exact: four significant bits
@@ -49,10 +51,10 @@ def jitted(op, **options):
 def test_every_byte_under_every_scale_becomes_the_bfloat16_that_it_stands_for():
     """Exact, but for subnormals, which a CPU may take for zeros; 255 is NaN; a NaN value is the loader's to mark."""
     values = np.array([b for b in range(256) if b & 0x7F != 0x7F], np.uint8)
-    matrix = jnp.asarray(np.broadcast_to(values, (32, len(values)))).view(jnp.float8_e4m3fn)
+    matrix = jnp.asarray(np.broadcast_to(values[:, None], (len(values), 32))).view(jnp.float8_e4m3fn)
     dequantize = jax.jit(functools.partial(dequantize_tile, interpret=True))
     for scale in range(256):
-        result = np.asarray(dequantize(matrix, jnp.full((1, len(values)), scale, jnp.uint8)))[0].astype(np.float64)
+        result = np.asarray(dequantize(matrix, jnp.full((len(values), 1), scale, jnp.uint8)))[:, 0].astype(np.float64)
         factor = np.nan if scale == 255 else 2.0 ** (scale - 127)
         with np.errstate(over="ignore"):
             expected = (values.view(ml_dtypes.float8_e4m3fn).astype(np.float64) * factor).astype(np.float32)
@@ -118,7 +120,7 @@ def test_very_many_rows_take_wide_weights_by_halves_and_the_others_at_once():
 
 def test_a_nan_scale_reaches_its_column_only():
     w, _ = weight(np.random.default_rng(0), 64, 32)
-    w = mk.Mxfp8(w.values, w.scales.at[1, 5].set(255))
+    w = mk.Mxfp8(w.values, w.scales.at[5, 1].set(255))
     result = np.asarray(jitted("matmul")(jnp.ones((3, 64), jnp.bfloat16), w), np.float32)
     assert np.isnan(result[:, 5]).all() and np.isfinite(np.delete(result, 5, axis=1)).all()
 
@@ -236,9 +238,9 @@ def test_what_the_kernels_do_not_serve():
         with pytest.raises(NotImplementedError, match="which XLA multiplies best"):
             run(rows, weights)
     with pytest.raises(NotImplementedError, match="N = 8 of the weight is not a multiple of 16"):
-        run(x, mk.Mxfp8(w.values[:, :8], w.scales[:, :8]))
+        run(x, mk.Mxfp8(w.values[:8], w.scales[:8]))
     big = mk.Mxfp8(
-        jax.ShapeDtypeStruct((64, 6144, 6144), jnp.float8_e4m3fn), jax.ShapeDtypeStruct((64, 192, 6144), jnp.uint8)
+        jax.ShapeDtypeStruct((64, 6144, 6144), jnp.float8_e4m3fn), jax.ShapeDtypeStruct((64, 6144, 192), jnp.uint8)
     )
     with pytest.raises(NotImplementedError, match="between 2 and 4 GiB"):
         jax.eval_shape(

@@ -201,9 +201,9 @@ def test_abstract_model_takes_no_memory():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_linear_with_an_mxfp8_weight(dtype):
     random = np.random.default_rng(0)
-    values = (random.standard_normal((96, 40)) * 20).astype(ml_dtypes.float8_e4m3fn)
-    scales = random.integers(118, 128, (3, 40)).astype(np.uint8)
-    matrix = values.astype(np.float64) * 2.0 ** (np.repeat(scales.astype(np.int64), 32, axis=0) - 127)
+    values = (random.standard_normal((40, 96)) * 20).astype(ml_dtypes.float8_e4m3fn)
+    scales = random.integers(118, 128, (40, 3)).astype(np.uint8)
+    matrix = (values.astype(np.float64) * 2.0 ** (np.repeat(scales.astype(np.int64), 32, axis=1) - 127)).T
     x = jnp.asarray(random.standard_normal((7, 96)), dtype)
     result = linear(x, Mxfp8(jnp.asarray(values), jnp.asarray(scales)))
     assert result.dtype == dtype
@@ -222,13 +222,14 @@ def test_whole_model_with_mxfp8_weights(weights):
     for name, leaf in weights.items():
         if leaf.ndim < 2 or name in ("embed_tokens", "lm_head") or name.endswith("gate.weight"):
             continue
-        values = (random.standard_normal(leaf.shape) * 10).astype(ml_dtypes.float8_e4m3fn)
-        scales = random.integers(119, 122, (*leaf.shape[:-2], leaf.shape[-2] // 32, leaf.shape[-1])).astype(np.uint8)
-        if leaf.shape[-2] % 32:
+        *lead, inputs, outputs = leaf.shape
+        values = (random.standard_normal((*lead, outputs, inputs)) * 10).astype(ml_dtypes.float8_e4m3fn)
+        scales = random.integers(119, 122, (*lead, outputs, inputs // 32)).astype(np.uint8)
+        if inputs % 32:
             continue
         quantised[name] = Mxfp8(jnp.asarray(values), jnp.asarray(scales))
-        factor = 2.0 ** (np.repeat(scales.astype(np.int64), 32, axis=-2) - 127)
-        wide[name] = jnp.asarray(values.astype(np.float64) * factor, jnp.float32)
+        factor = 2.0 ** (np.repeat(scales.astype(np.int64), 32, axis=-1) - 127)
+        wide[name] = jnp.asarray((values.astype(np.float64) * factor).swapaxes(-1, -2), jnp.float32)
     assert sum(isinstance(leaf, Mxfp8) for leaf in quantised.values()) > 15
     ids, run = tokens(64), runner()
     expected = alone(run, wide, ids)

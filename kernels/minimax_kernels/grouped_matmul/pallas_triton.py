@@ -92,7 +92,7 @@ def _group_kernel(
     launch: MatmulLaunch, num_rows: int, steps: int, interpret: bool,
 ) -> None:  # fmt: skip
     weight, (sizes_ref, *sources, out_ref) = refs[: 1 + quantized], refs[1 + quantized :]
-    num_groups, _, width = weight[0].shape
+    num_groups = weight[0].shape[0]
     column, split = pl.program_id(0) * launch.block_n, pl.program_id(2)
     per_split = ceil_div(steps, launch.splits)
 
@@ -118,13 +118,13 @@ def _group_kernel(
         if activation is None:
             columns = column + jnp.arange(launch.block_n, dtype=jnp.int32)
         else:
-            columns = paired_columns(column, launch.block_n, width)
+            columns = paired_columns(column, launch.block_n, 2 * out_ref.shape[-1])
         total = multiply_tile(
             lambda k: plgpu.load(x_ref.at[at[:, None], (k + inputs)[None, :]], mask=there, other=0.0),
             WeightTiles(weight, tile.group),
             columns,
             num_rows=size, block_k=launch.block_k, begin=split * per_split,
-            stop=jnp.minimum((split + 1) * per_split, steps), ahead=launch.ahead, interpret=interpret,
+            stop=jnp.minimum((split + 1) * per_split, steps), rows_first=size < launch.block_m, interpret=interpret,
         )  # fmt: skip
         if activation is None:
             store(total)

@@ -149,7 +149,7 @@ def _matmul_kernel(
             WeightTiles(refs[firsts[i] : firsts[i + 1]]),
             columns,
             num_rows=launch.block_m, block_k=launch.block_k,
-            begin=begin, stop=jnp.minimum(begin + per_split, steps), ahead=launch.ahead, interpret=interpret,
+            begin=begin, stop=jnp.minimum(begin + per_split, steps), interpret=interpret,
         )  # fmt: skip
         if activation is not None:  # of what the product alone would have given
             result = activation.of_tile(result.astype(out_ref.dtype))

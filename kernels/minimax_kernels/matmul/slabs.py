@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from minimax_kernels.matmul_launches import MatmulLaunch, largest_divisor
-from minimax_kernels.mxfp8 import Mxfp8, dequantize
+from minimax_kernels.mxfp8 import Mxfp8, dequantize_columns
 from minimax_kernels.triton_call import Launch, ceil_div, triton_call
 from minimax_kernels.weight_tiles import Weight, WeightTiles, multiply_tile, store_rows
 
@@ -46,23 +46,23 @@ def multiply_by_slabs(
         values, scales = weight.values, weight.scales
         if out is not None:  # the floats of one slab are gone before those of the next are made
             values, out = lax.optimization_barrier((values, out))
-        slab = Mxfp8(values[:, first : first + columns], scales[:, first : first + columns])
-        out = _multiply_into(x, dequantize(slab, x.dtype), out, first, weight.shape[1], dtype, interpret)
+        slab = Mxfp8(values[first : first + columns], scales[first : first + columns])
+        out = _multiply_into(x, dequantize_columns(slab, x.dtype), out, first, weight.shape[1], dtype, interpret)
     assert out is not None
     return out
 
 
 def _multiply_into(
     x: Float[Array, "T K"],
-    slab: Float[Array, "K n"],
+    slab: Float[Array, "n K"],
     out: Float[Array, "T N"] | None,
     first: int,
     out_features: int,
     dtype: DTypeLike,
     interpret: bool,
 ) -> Float[Array, "T N"]:
-    """Columns `first` on of x @ w, in place of those of `out`; without one, all others stay unwritten."""
-    num_rows, columns = x.shape[0], slab.shape[1]
+    """Columns `first` on of x @ slab.T, in place of those of `out`; without one, all others stay unwritten."""
+    num_rows, columns = x.shape[0], slab.shape[0]
     block_n = largest_divisor(columns, 256)
     launch = MatmulLaunch(128, block_n, 64, 1, Launch(8, 3) if block_n == 256 else Launch(4, 4))
     return triton_call(
@@ -84,9 +84,9 @@ def _slab_kernel(x_ref: Any, slab_ref: Any, *refs: Any, first: int, launch: Matm
     column = pl.program_id(0) * launch.block_n + jnp.arange(launch.block_n, dtype=jnp.int32)
     result = multiply_tile(
         lambda k: x_ref[at_row, (k + jnp.arange(launch.block_k, dtype=jnp.int32))[None, :]],
-        WeightTiles((slab_ref,)),
+        WeightTiles((slab_ref,), columns_first=True),
         column,
         num_rows=launch.block_m, block_k=launch.block_k,
-        begin=0, stop=in_features // launch.block_k, ahead=False, interpret=interpret,
+        begin=0, stop=in_features // launch.block_k, interpret=interpret,
     )  # fmt: skip
     store_rows(out_ref, row, row < num_rows, first + column, result)
