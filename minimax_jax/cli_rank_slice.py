@@ -43,6 +43,13 @@ def add_rank_slice(benchmarks: argparse._SubParsersAction) -> None:
     )
     add("--batch", type=integers(1), metavar="N,N", help="requests of decode steps (default: 1,32,64)")
     add("--context", type=integers(1), metavar="N,N", help="tokens in their caches (default: 8192,32768)")
+    add(
+        "--launch-steps",
+        type=integers(1),
+        metavar="N,N",
+        help="decode steps a launch to try, on a GPU each with and without CUDA graphs; the fastest counts (default: 1 "
+        "and the engine's own)",
+    )
     add("--chunk", type=integer(1), metavar="N", help="tokens of a prompt's chunk (default: 8192)")
     add("--prefix", type=integers(0), metavar="N,N", help="tokens before it (default: 0,57344)")
     add(

@@ -238,8 +238,8 @@ def test_results_of_experts_are_no_copies_of_weights():
 
 def test_a_run_at_small_sizes(tmp_path, capsys):
     sizes = ["--layers", "1", "--batch", "2", "--context", "40", "--chunk", "32", "--prefix", "32"]
-    options = ["--routing", "skewed", "--cache-dtype", "fp8", "--out", str(tmp_path)]
-    assert main(["bench", "rank-slice", "--tiny", *sizes, *options]) == 0
+    options = ["--routing", "skewed", "--cache-dtype", "fp8", "--launch-steps", "1,3"]
+    assert main(["bench", "rank-slice", "--tiny", *sizes, *options, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr()
     report = json.loads((tmp_path / "rank_slice.json").read_text())
     assert [case["case"] for case in report["cases"]] == ["prefill, 32 tokens after 32", "decode, batch 2, context 40"]
@@ -252,11 +252,15 @@ def test_a_run_at_small_sizes(tmp_path, capsys):
     assert report["weights"]["bytes"] > 0 and report["ceilings"]["copy_bytes_per_s"] > 0 and not report["left_out"]
     assert report["pool_bytes"] == 20 * 16 * (2 * 32 + 32)  # pages of 16 tokens, a byte a number
     own = ["tp", "ep", "rank", "layers", "batch", "context", "chunk", "prefix", "routing", "weights", "cache_dtype"]
-    own += ["limit_s", "seed", "tiny", "steps_per_launch", "device", "dtype", "collectives", "jax", "python", "date"]
+    own += ["limit_s", "seed", "tiny", "launch_steps", "device", "dtype", "collectives", "jax", "python", "date"]
     assert set(report["setting"]) == set(own)  # nothing of `bench`
     assert report["setting"]["routing"] == "skewed" and report["routing"]["share_of_rank"]["0"] > 0
     assert "decode, batch 2, context 40" in table(report) and "rank_slice.json" in printed.out
-    assert "compiled decode, batch 2, context 40" in printed.err and not report["failed"]
+    assert "compiled decode, batch 2, context 40, 3 a launch" in printed.err and not report["failed"]
+    chunk, decode = report["cases"]
+    assert [(way["steps"], way["graphs"]) for way in decode["launchings"]] == [(1, False), (3, False)]
+    assert decode["step_ms"] == min(way["step_ms"] for way in decode["launchings"]) and not chunk["launchings"]
+    assert "(3 a launch, no graphs" in printed.out
 
 
 def test_cases_left_out_for_want_of_time_are_a_failure(tmp_path, monkeypatch, capsys):

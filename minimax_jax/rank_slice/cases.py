@@ -39,6 +39,24 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True)
+class Launching:
+    """How decode steps are launched.
+
+    Attributes:
+      steps: of a launch.
+      graphs: whether on a GPU they lie in CUDA graphs.
+    """
+
+    steps: int
+    graphs: bool
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return f"{self.steps} a launch, {'graphs' if self.graphs else 'no graphs'}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Target:
     """What a case is to reach on an H100: at most so many milliseconds, and what to aim at."""
 
@@ -74,6 +92,12 @@ def waves(cases: Sequence[Case]) -> list[list[Case]]:
     for case in cases:
         groups.setdefault((case not in TARGETS, case.kind == DECODE), []).append(case)
     return [groups[key] for key in sorted(groups)]
+
+
+def launchings(steps: Sequence[int], platform: str) -> list[Launching]:
+    """Every number of steps a launch, with graphs and without where there are any."""
+    kinds = (True, False) if platform == "gpu" else (False,)
+    return [Launching(count, graphs) for count in dict.fromkeys(steps) for graphs in kinds]
 
 
 def slice_config(layers: int, *, tiny: bool) -> MiniMaxM3Config:

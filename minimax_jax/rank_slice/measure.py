@@ -17,9 +17,20 @@ import jax
 import jax.numpy as jnp
 
 from minimax_jax.cache import cache_dtype
+from minimax_jax.engine.engine_config import DecodeConfig
 from minimax_jax.parallel import Layout, ParallelConfig, ParallelError
 from minimax_jax.parallel.config import EXPERTS
-from minimax_jax.rank_slice.cases import DECODE, PREFILL, TARGETS, Case, select_cases, slice_config, waves
+from minimax_jax.rank_slice.cases import (
+    DECODE,
+    PREFILL,
+    TARGETS,
+    Case,
+    Launching,
+    launchings,
+    select_cases,
+    slice_config,
+    waves,
+)
 from minimax_jax.rank_slice.ceilings import Ceilings, measure_ceilings
 from minimax_jax.rank_slice.kernel_classes import class_times, kernel_table
 from minimax_jax.rank_slice.report import draw, table
@@ -78,7 +89,8 @@ def run_rank_slice(args: argparse.Namespace) -> int:
     held = range(place * layout.experts_per_rank, (place + 1) * layout.experts_per_rank)
     load = routing_load(config, state, held)
 
-    most_steps = _WARM_UP + _ROUNDS * (_STEPS[DECODE] + 1) + 2 * _PROFILED[DECODE]
+    ways = launchings(args.launch_steps or (1, DecodeConfig().steps_on(device.platform)), device.platform)
+    most_steps = 2 * _PROFILED[DECODE] + max((_WARM_UP + _ROUNDS * _launches(way)) * way.steps for way in ways)
     engine = SliceEngine(
         layout, args.rank, state, cases, dtype=dtype, cache_dtype=cache_dtype(args.cache_dtype, dtype),
         most_steps=most_steps, seed=args.seed,
@@ -109,27 +121,33 @@ def run_rank_slice(args: argparse.Namespace) -> int:
     }
     deadline = begun + args.limit_s
     for wave in waves(cases):
-        compiled: dict[Case, dict[str, Any]] = {}
+        compiled: dict[tuple[Case, Launching], dict[str, Any]] = {}
         left = deadline - time.monotonic()
         if wave[0].kind == DECODE and left > 0:
-            say(f"compiling {len(wave)} decode steps, for {_COMPILING_SHARE * left:.0f} s at most")
+            say(f"compiling {len(wave) * len(ways)} decode steps, for {_COMPILING_SHARE * left:.0f} s at most")
             start = time.perf_counter()
-            compiled = engine.compile(wave, say, seconds=_COMPILING_SHARE * left)
+            compiled = engine.compile(wave, ways, say, seconds=_COMPILING_SHARE * left)
             report["compile_seconds"] += time.perf_counter() - start
         for case in wave:
             late = time.monotonic() > deadline
-            if late or (case.kind == DECODE and case not in compiled):
+            own = {way: compiled[case, way] for way in ways if (case, way) in compiled}
+            if late or (case.kind == DECODE and not own):
                 report["left_out"].append(case.name)
                 say(f"{case.name}: left out, --limit-s {args.limit_s} " + ("is over" if late else "leaves no time"))
                 continue
-            found = compiled.get(case, {})
-            if "error" not in found:
-                found["compiling_beside"] = engine.compiling
+            found: dict[str, Any] = {"compiling_beside": engine.compiling}
+            usable = [way for way, of in own.items() if "error" not in of]
+            refused = {way.name: of["error"] for way, of in own.items() if "error" in of}
+            if case.kind == DECODE and not usable:
+                found["error"] = "; ".join(refused.values())
+            else:
                 try:
-                    found |= _measure(engine, case, layout, ceilings, args, load)
+                    found |= _measure(engine, case, usable, layout, ceilings, args, load) | {"refused": refused}
                 except jax.errors.JaxRuntimeError as error:  # want of memory, as a rule
                     found["error"] = " ".join(str(error).split())[:500]
                     engine.recover()
+            if usable:
+                found |= {name: max(own[way][name] or 0 for way in usable) for name in ("temporaries", "float_copies")}
             if "error" in found:
                 report["failed"][case.name] = found["error"]
                 _write(report, args.out)
@@ -154,26 +172,37 @@ def run_rank_slice(args: argparse.Namespace) -> int:
 def _measure(
     engine: SliceEngine,
     case: Case,
+    ways: list[Launching],
     layout: Layout,
     ceilings: Ceilings,
     args: argparse.Namespace,
     load: dict[int, list[float]],
 ) -> dict[str, Any]:
-    """Times one case, then profiles some of its steps."""
-    steps, layers, bad = _STEPS[case.kind], layout.config.num_hidden_layers, engine.bad_steps
-    requests = engine.requests(case)
-    start = time.perf_counter()
-    engine.run(requests, _WARM_UP)
-    first = time.perf_counter() - start
-    walls = []
-    for _ in range(_ROUNDS):
+    """Times one case, decode steps in each way of launching them, then profiles some of its steps."""
+    layers, bad = layout.config.num_hidden_layers, engine.bad_steps
+    timed: list[dict[str, Any]] = []
+    for way in ways if case.kind == DECODE else [Launching(1, True)]:
+        engine.programs.launching = way
+        requests, number = engine.requests(case), _STEPS[PREFILL] if case.kind == PREFILL else _launches(way)
         start = time.perf_counter()
-        engine.run(requests, steps)
-        walls.append((time.perf_counter() - start) / steps)
+        engine.run(requests, _WARM_UP, way.steps)
+        first = time.perf_counter() - start
+        walls = []
+        for _ in range(_ROUNDS):
+            start = time.perf_counter()
+            engine.run(requests, number, way.steps)
+            walls.append((time.perf_counter() - start) / (number * way.steps))
+        seconds = statistics.median(walls)
+        spread = (max(walls) - min(walls)) / seconds
+        timed.append({**dataclasses.asdict(way), "step_ms": seconds * 1e3, "spread": spread, "warm_up_s": first})
+    best = min(timed, key=lambda one: one["step_ms"])
+    seconds = best["step_ms"] / 1e3
+    engine.programs.launching = next((way for way in ways if way.steps == 1), Launching(1, True))
+    requests = engine.requests(case)
+    engine.run(requests, 1)
     count = _PROFILED[case.kind]
     seen_launches = profile(lambda: engine.run(requests, count))
     seen, launches = overlap(seen_launches), typical_lengths(seen_launches, count)
-    seconds = statistics.median(walls)
     parts = step_work(layout, case, weights=args.weights, experts_load=load, cache_itemsize=engine.cache_itemsize)
     total = whole(parts)
     floor = total.seconds(ceilings)
@@ -183,9 +212,8 @@ def _measure(
     return {
         "case": case.name,
         **dataclasses.asdict(case),
-        "step_ms": seconds * 1e3,
-        "spread": (max(walls) - min(walls)) / seconds,
-        "warm_up_s": first,
+        **{name: best[name] for name in ("step_ms", "spread", "warm_up_s")},
+        "launchings": timed if case.kind == DECODE else [],
         "layer_us": seconds / layers * 1e6,
         "floor_ms": floor * 1e3,
         "times_floor": seconds / floor,
@@ -216,6 +244,11 @@ def _measure(
     }
 
 
+def _launches(way: Launching) -> int:
+    """Launches in a row, of which the wall time is taken."""
+    return -(-_STEPS[DECODE] // way.steps)
+
+
 def _comparable(layout: Layout, args: argparse.Namespace) -> bool:
     """Whether the targets are about this slice."""
     sizes = (layout.parallel.tensor, layout.parallel.expert, layout.config.num_hidden_layers)
@@ -227,7 +260,6 @@ def _setting(args: argparse.Namespace, device: jax.Device, dtype: Any) -> dict[s
     own = {name: value for name, value in vars(args).items() if name not in general}
     return {
         **own,
-        "steps_per_launch": 1,
         "device": device.device_kind,
         "dtype": dtype.name,
         "collectives": "local copies of the same size",

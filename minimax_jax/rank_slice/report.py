@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from minimax_jax.rank_slice.cases import DECODE
+from minimax_jax.rank_slice.cases import DECODE, Launching
 from minimax_jax.rank_slice.kernel_classes import CLASSES
 
 _KERNELS_SHOWN = 25
@@ -18,7 +18,6 @@ _COLORS = (
 
 def table(report: dict[str, Any]) -> str:
     """For a terminal: each case against its floor and target, then where its time goes."""
-    steps = report["setting"]["steps_per_launch"]
     width = max([len(case["case"]) for case in report["cases"]], default=4)
     lines = [f"{'case':{width}}  ms a step  us a layer  floor, ms  x floor    MFU  bandwidth  target, ms  aim"]
     for case in report["cases"]:
@@ -35,6 +34,7 @@ def table(report: dict[str, Any]) -> str:
             if (part := case["classes"].get(name)) and part["us"] is not None
         ]
         lines.append(f"{case['case']}: " + (", ".join(shown) or "no profile of kernels on this device"))
+        lines += [_launching_line(case)] if case["launchings"] else []
         lines += _kernel_lines(case)
         if case.get("temporaries") is not None:
             lines.append(f"  {case['temporaries'] / 1e6:.0f} MB beside weights and pages")
@@ -56,8 +56,17 @@ def table(report: dict[str, Any]) -> str:
         f"weights {weights['bytes'] / 1e9:.1f} GB in {weights['seconds']:.1f} s, pages "
         f"{report['pool_bytes'] / 1e9:.1f} GB" + ("" if peak is None else f", peak of the run {peak / 1e9:.1f} GB")
     )
-    lines.append(f"decode: {steps} step a launch; the engine on a GPU takes 8 while no prompt waits and nobody streams")
     return "\n".join(lines)
+
+
+def _launching_line(case: dict[str, Any]) -> str:
+    """What a step takes in each way of launching it; the table has the least."""
+    ways = [
+        f"{one['step_ms']:.2f} ({Launching(one['steps'], one['graphs']).name}, +-{one['spread'] / 2:.0%})"
+        for one in case["launchings"]
+    ]
+    ways += [f"{name} refused: {error[:80]}" for name, error in case["refused"].items()]
+    return f"  ms a step: {'; '.join(ways)}"
 
 
 def _kernel_lines(case: dict[str, Any]) -> list[str]:

@@ -17,18 +17,18 @@ from minimax_jax.engine.runner_config import RunnerConfig
 from minimax_jax.engine.sampling_params import SamplingParams
 from minimax_jax.engine.scheduler import PlannedRow, StepPlan
 from minimax_jax.engine.sequence import Sequence as Row
-from minimax_jax.engine.step_inputs import StepInputs
 from minimax_jax.engine.step_runner import StepRunner
 from minimax_jax.engine.steps import Steps
 from minimax_jax.model import abstract_model, split_model
 from minimax_jax.parallel import Layout
 from minimax_jax.parallel.config import EXPERTS, TOKENS
-from minimax_jax.rank_slice.cases import DECODE, PREFILL, Case
+from minimax_jax.rank_slice.cases import DECODE, PREFILL, Case, Launching
 from minimax_jax.rank_slice.comm import SliceComm
 from minimax_jax.rank_slice.compiling import Compiler
+from minimax_jax.rank_slice.decode_programs import DecodePrograms
 from minimax_jax.rank_slice.float_copies import float_copies
 from minimax_jax.tensor_table import cache_bytes_per_token
-from minimax_kernels import Batch, Mxfp8
+from minimax_kernels import Mxfp8
 
 _MEMORY_SHARE = 0.97
 _RESERVE = 6 << 30  # bytes for what a chunk of 8192 tokens holds between its kernels
@@ -40,6 +40,7 @@ class SliceEngine:
     Attributes:
       runner: as the engine has it; pool: its pages.
       page_size: tokens a page.
+      programs: of decode steps.
       bad_steps: whose hidden states were no numbers.
     """
 
@@ -74,11 +75,8 @@ class SliceEngine:
         )
         self._leaves = list(state.values())
         self._steps = Steps(local, graphdef, tuple(state), comm=comm)
-        self._wide: dict[tuple[int, ...], Any] = {}
+        self.programs = DecodePrograms(self._steps, next(iter(self._leaves[0].devices())).platform)
         self._compiler = Compiler()
-        jitted: Any = self._steps.layers
-        self._jitted = jitted
-        self._steps.layers = self._run_layers  # type: ignore[assignment]
         self._batch = max((case.batch for case in cases), default=1)
         self.pool = PagePool(local, self._num_pages(cases, cache_dtype), cache_dtype, self._leaves[0].sharding)
         _fill(self.pool, seed)
@@ -99,10 +97,11 @@ class SliceEngine:
             max_pages=max(widths),
             segmented=self._steps.segments(tuple(chunks), (1,), widths),
         )
+        self.programs.attach(self.runner)
 
     def compile(
-        self, cases: Sequence[Case], say: Callable[[str], None], *, seconds: float
-    ) -> dict[Case, dict[str, Any]]:
+        self, cases: Sequence[Case], launchings: Sequence[Launching], say: Callable[[str], None], *, seconds: float
+    ) -> dict[tuple[Case, Launching], dict[str, Any]]:
         """Compiles the decode steps side by side; chunks compile when they first run.
 
         Args:
@@ -110,36 +109,40 @@ class SliceEngine:
           seconds: how long to wait for them.
 
         Returns:
-          of each case that was done in time "temporaries", bytes that the step takes beside its arguments, and
-          "float_copies", how many copies of quantised weights in floats it writes, None without such weights; or
-          "error", why it does not compile.
+          of each case and launching that was done in time "temporaries", bytes that the step takes beside its
+          arguments, and "float_copies", how many copies of quantised weights in floats it writes, None without such
+          weights; or "error", why it does not compile.
         """
-        decode = [case for case in cases if case.kind == DECODE]
         shapes = {leaf.shape for leaf in self._leaves if isinstance(leaf, Mxfp8)}
         plain = [leaf for leaf in self._leaves if not isinstance(leaf, Mxfp8)]
         floats = {leaf.shape for leaf in (*plain, *jax.tree.leaves(self.pool.caches))}
-        found: dict[Case, dict[str, Any]] = {}
-        tasks = {case: functools.partial(self._compiled, case) for case in decode}
-        for case, done in self._compiler.run(tasks, seconds):
+        found: dict[tuple[Case, Launching], dict[str, Any]] = {}
+        tasks = {}
+        for case in cases:
+            if case.kind == DECODE:
+                plan, widths = self.requests(case).next_launch(), self._widths(case)
+                for launching in launchings:
+                    given = launching, self._leaves, self.runner, plan, case.batch, widths
+                    tasks[case, launching] = functools.partial(self.programs.compile, *given)
+        for (case, launching), done in self._compiler.run(tasks, seconds):
             try:
                 compiled = done.result()
-            except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # the other cases can still run
-                found[case] = {"error": " ".join(str(error).split())[:500]}
+            except (jax.errors.JaxRuntimeError, NotImplementedError) as error:  # the others can still run
+                found[case, launching] = {"error": " ".join(str(error).split())[:500]}
                 continue
-            self._wide[self._key(case)] = compiled
             memory = compiled.memory_analysis()
-            found[case] = {
+            found[case, launching] = {
                 "temporaries": None if memory is None else int(memory.temp_size_in_bytes),
                 "float_copies": (
                     len(float_copies(compiled.as_text(), shapes, floats | self._activations(case))) if shapes else None
                 ),
             }
-            say(f"compiled {case.name}")
+            say(f"compiled {case.name}, {launching.name}")
         return found
 
     @property
     def compiling(self) -> int:
-        """How many decode steps still compile although nobody waits for them: the host is not quiet."""
+        """How many executables still compile although nobody waits for them: the host is not quiet."""
         return self._compiler.compiling
 
     def recover(self) -> None:
@@ -152,11 +155,15 @@ class SliceEngine:
         """Requests of that kind, with pages of their own as far as the pool goes."""
         return Requests(self, case)
 
-    def run(self, requests: Requests, count: int) -> None:
-        """Runs steps as the engine's loop does: the next one is launched before the last one is read."""
+    def run(self, requests: Requests, count: int, steps: int = 1) -> None:
+        """Runs launches as the engine's loop does: the next one is made before the last one is read.
+
+        Args:
+          steps: of each launch.
+        """
         before: LaunchedStep | None = None
         for _ in range(count):
-            launched = self.runner.launch([requests.next_step()])
+            launched = self.runner.launch([requests.next_launch(steps)])
             self._read(before)
             before = launched
         self._read(before)
@@ -202,6 +209,11 @@ class SliceEngine:
         new = case.query_len if case.kind == PREFILL else self._most_steps
         return -(-(case.context + new) // self.page_size)
 
+    def _widths(self, case: Case) -> list[int]:
+        """Of the block tables that its steps come with: pages of all cases are the sizes to round up to."""
+        first = -(-(case.context + case.query_len) // self.page_size)
+        return sorted({self.runner.config.pages(count) for count in range(first, self._pages(case) + 1)})
+
     def _num_pages(self, cases: Sequence[Case], cache_dtype: DTypeLike) -> int:
         wanted = max(case.batch * self._pages(case) for case in cases)
         memory = self._leaves[0].addressable_shards[0].device.memory_stats()
@@ -224,24 +236,6 @@ class SliceEngine:
         widths = (config.hidden_size, config.intermediate_size, 2 * config.intermediate_size)
         return {(case.batch * each, width) for each in (1, choices) for width in widths}
 
-    def _run_layers(self, leaves: Any, caches: Any, last_tokens: Any, step: StepInputs) -> Any:
-        key = (*step.tokens.shape, *step.batch.block_tables.shape)
-        return self._wide.get(key, self._jitted)(leaves, caches, last_tokens, step)
-
-    def _key(self, case: Case) -> tuple[int, ...]:
-        return (case.batch, case.batch, self._pages(case))
-
-    def _compiled(self, case: Case) -> Any:
-        rows, _, width = self._key(case)
-
-        def ids(*shape: int) -> Any:
-            return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-        batch: Any = Batch(ids(rows, width), ids(rows + 1), ids(rows))
-        step = StepInputs(ids(rows), ids(rows), ids(rows), ids(rows), batch, ids(rows))
-        given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self._leaves, self.pool.caches))
-        return self._jitted.lower(*given, ids(self._batch), step).compile()
-
 
 class Requests:
     """The rows of one case, and the plans of its steps."""
@@ -259,12 +253,12 @@ class Requests:
             row.pages.table = table
             self._rows.append(row)
 
-    def next_step(self) -> StepPlan:
-        """Decoding goes on by a token a request; a chunk is computed again."""
+    def next_launch(self, steps: int = 1) -> StepPlan:
+        """Decoding goes on by `steps` tokens a request; a chunk is computed again."""
         start = self.case.context + (self._steps if self.case.kind == DECODE else 0)
-        rows = tuple(PlannedRow(row, start, self.case.query_len, True, self._steps == 0) for row in self._rows)
-        self._steps += 1
-        return StepPlan(rows)
+        rows = tuple(PlannedRow(row, start, self.case.query_len, steps, self._steps == 0) for row in self._rows)
+        self._steps += steps
+        return StepPlan(rows, num_steps=steps)
 
 
 def _fill(pool: PagePool, seed: int) -> None:
