@@ -31,9 +31,8 @@ def dense_attention(
         rows = q.at[tiles.rows[:, 0]].get(mode="fill", fill_value=0)
         rows = rows.reshape(-1, num_kv_heads, num_heads // num_kv_heads, head_dim)
         pages = jnp.repeat(tables[tiles.request][:, None], num_kv_heads, axis=1)
-        visible = (key_positions <= tiles.positions).reshape(-1, 1, batch.num_blocks, block_size)
-        visible = jnp.broadcast_to(visible, (*pages.shape, block_size))
-        attended = attend_single_rows(rows, k_cache, v_cache, pages, visible, scale=scale)
+        starts = jnp.broadcast_to(jnp.arange(batch.num_blocks) * block_size, pages.shape)
+        attended = attend_single_rows(rows, k_cache, v_cache, pages, starts, tiles.positions[:, 0], scale=scale)
         return scatter_rows(base, tiles.rows, attended.reshape(-1, 1, num_heads, head_dim))
 
     def attend_tile(tile):

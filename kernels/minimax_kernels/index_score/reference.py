@@ -25,11 +25,11 @@ def index_score(
         request, rows, positions = tile
         queries = idx_q.at[rows].get(mode="fill", fill_value=0)
         keys = as_read(index_cache[tables[request]], idx_q.dtype)
-        scores = jnp.einsum(
-            "thd,nbd->thnb", queries, keys, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        scores = jnp.einsum(  # keys first: they stay as they were gathered, while a right operand is transposed
+            "nbd,thd->nbth", keys, queries, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
         )
-        visible = key_positions <= positions[:, None, None, None]
-        return jnp.where(visible, scores, -jnp.inf).max(axis=-1)
+        visible = key_positions[..., None] <= positions
+        return jnp.where(visible[..., None], scores, -jnp.inf).max(axis=1).transpose(1, 2, 0)
 
     if tiles.rows.shape[1] == 1:
         scores = map_rows(score_tile, tuple(tiles), num_blocks * index_cache[0].size)

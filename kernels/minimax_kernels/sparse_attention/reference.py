@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from minimax_kernels.batch import Batch, query_tiles, scatter_rows, tile_size
 from minimax_kernels.masked_softmax import masked_attention
-from minimax_kernels.single_rows import attend_single_rows
+from minimax_kernels.single_rows import NOWHERE, attend_single_rows
 
 
 def sparse_attention(
@@ -34,9 +34,8 @@ def sparse_attention(
         rows = rows.reshape(-1, num_selections, num_heads // num_selections, head_dim)
         blocks = selected.at[:, tiles.rows[:, 0]].get(mode="fill", fill_value=-1).swapaxes(0, 1)  # [T, S, topk]
         pages = tables[tiles.request[:, None, None], jnp.maximum(blocks, 0)]
-        key_positions = blocks[..., None] * block_size + jnp.arange(block_size)
-        visible = (blocks >= 0)[..., None] & (key_positions <= tiles.positions[:, :, None, None])
-        attended = attend_single_rows(rows, k_cache, v_cache, pages, visible, scale=scale)
+        starts = jnp.where(blocks >= 0, blocks * block_size, NOWHERE)
+        attended = attend_single_rows(rows, k_cache, v_cache, pages, starts, tiles.positions[:, 0], scale=scale)
         return scatter_rows(base, tiles.rows, attended.reshape(-1, 1, num_heads, head_dim))
 
     def attend_tile(tile):
