@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from parallel_models import one_device, prompts, stored_bytes
+from selected_blocks import recorded_blocks
 from tokenizer_samples import write_tokenizer
 
 from minimax_jax import MiniMaxM3ForCausalLM
@@ -49,6 +50,16 @@ def checkpoint(model, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def one(model, tmp_path_factory) -> tuple[list[list[int]], np.ndarray, Path]:
+    """(prompts, one device's greedy tokens, a file with its logits and selected blocks)."""
+    ids, file = prompts(20, 9, 60, vocab=250), tmp_path_factory.mktemp("expected") / "expected.npz"
+    with recorded_blocks() as found:
+        logits = np.asarray(model(ids).logits)
+        np.savez(file, logits=logits, blocks=found.taken()[0])
+    return ids, np.asarray(model.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=-1)), file
+
+
 def run_together(count: int, folder: Path, **plan) -> list[dict]:
     """Runs the program in `count` processes and returns what each has written."""
     plan = json.dumps({"new": NEW, "out": str(folder), **plan})
@@ -79,15 +90,21 @@ def in_whole_and_parts(directory: Path, config, sizes) -> tuple[int, int]:
         pytest.param(4, [(4, 4, 1), (2, 4, 2), (4, 2, 1)], (1, 4, 4), id="4-others", marks=pytest.mark.long),
     ],
 )
-def test_processes_generate_one_devices_tokens_and_read_their_part(count, layouts, llm, model, checkpoint, tmp_path):
-    """Four devices in all; TP with EP, attention data parallelism, both; `generate` and `LLM`."""
-    ids = prompts(20, 9, 33, vocab=250)
-    expected = np.asarray(model.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=-1))
+def test_processes_give_one_devices_numbers_and_read_their_part(count, layouts, llm, one, model, checkpoint, tmp_path):
+    """Four devices in all; TP with EP, attention data parallelism, both; logits, blocks, `generate` and `LLM`."""
+    ids, expected, file = one
     plan = {"model": str(checkpoint), "layouts": layouts, "prompts": ids, "llm": llm, "shapes": LLM_SHAPES}
-    for number, result in enumerate(run_together(count, tmp_path, **plan)):
+    results, lengths = run_together(count, tmp_path, expected=str(file), **plan), [len(prompt) for prompt in ids]
+    for place, sizes in enumerate(layouts):  # every head of every token in one process or another, some in several
+        layout = Layout(model.config, ParallelConfig(*sizes))
+        copies = layout.local_config.num_key_value_heads * sizes[0] * max(1, sizes[1] // (sizes[0] * sizes[2]))
+        assert sum(result["compared"][place][1] for result in results) == sum(lengths) * copies
+    for number, result in enumerate(results):
         assert result["index"] == number
         own = range(4 // count * number, 4 // count * (number + 1))
-        for sizes, tokens, read in zip(layouts, result["tokens"], result["read"], strict=True):
+        found = zip(layouts, result["tokens"], result["read"], result["compared"], strict=True)
+        for sizes, tokens, read, (off, _, other) in found:
+            assert off <= 1e-4 and other == 0, sizes
             np.testing.assert_array_equal(tokens, expected, err_msg=str(sizes))
             assert read == stored_bytes(checkpoint, sizes, own, itemsize=4), sizes
         whole, split = in_whole_and_parts(checkpoint, model.config, (4, 4, 1))
