@@ -10,7 +10,7 @@ from typing import Any
 
 from minimax_jax.rank_slice.trace import Launch, overlap
 
-# NCCL's kernels; and those that XLA makes itself for small sums and exchanges, which it names after the HLO instruction,
+# NCCL's kernels; and those that XLA makes itself for small sums and exchanges, which it names after the instruction,
 # and that after the primitive it came from: a sum of a decode step is "psum_119_0_fusion_1"
 _COLLECTIVE = re.compile(
     r"nccl|all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|collective|multimem|(?<![a-z])(psum|pmax|pmin|ppermute)",
