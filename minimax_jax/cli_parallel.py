@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from minimax_jax.parallel import ParallelConfig, Processes
 
 OK = 0
+_OPTIONS = "tensor is --tp, expert is --ep, attention_data is --attention-dp"
 # what may differ between the processes of a run
 _OWN = ("process_id", "local_device_ids", "out", "run")
 
@@ -132,16 +133,28 @@ def joined(args: argparse.Namespace) -> Iterator[tuple[Processes, ParallelConfig
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
     if config is None:
-        yield Processes(), parallel_config(args)
+        with _sizes_by_option():
+            yield Processes(), parallel_config(args)
         return
     with _native_output_to_stderr():
         processes = start_processes(config)
-        with _ending_together(processes):
+        with _ending_together(processes), _sizes_by_option():
             _require_equal(args, processes)
             parallel = parallel_config(args)
             check_processes(parallel)
             yield processes, parallel
             processes.close()
+
+
+@contextmanager
+def _sizes_by_option() -> Iterator[None]:
+    """Says which options the sizes are that a `ParallelError` names."""
+    from minimax_jax.parallel import ParallelError
+
+    try:
+        yield
+    except ParallelError as error:
+        raise ParallelError(f"{error} ({_OPTIONS})") from None
 
 
 @contextmanager

@@ -39,6 +39,7 @@ _GRACE = 20.0  # seconds after which a part that should have ended is ended
 _LEAST_S = 15.0  # seconds that are left, with fewer of which no part begins
 _BEGIN_S = 40.0  # seconds that a generation has for its first token at least
 _COMPILE_S = 25.0  # seconds that what is being compiled may still take when a part ends
+_ROW_S = 25.0  # seconds that a row of parity takes once JAX has started
 _MEMORY_FRACTION = "0.92"  # of a GPU, for JAX
 
 
@@ -131,7 +132,16 @@ def run_on_devices(args: argparse.Namespace, part: str) -> bool:
     parallel = ParallelConfig(args.tp, args.ep, args.attention_dp)
     save = saver(args, part, describe_machine())
     if part == "parity":
-        record = check_parity(parallel, tiny=args.tiny, new_tokens=4 if args.tiny else 32, say=say)
+        record = check_parity(
+            parallel,
+            tiny=args.tiny,
+            new_tokens=4 if args.tiny else 32,
+            say=say,
+            save=save,
+            deadline=START + args.limit_s - _ROW_S,
+        )
+        if record["left_out"]:
+            say(f"  left out for want of time: {'; '.join(record['left_out'])}")
     elif part == "full":
         plan, deadline = TINY if args.tiny else FULL, START + args.limit_s - (0 if args.tiny else _COMPILE_S)
         bench = FullWidth(

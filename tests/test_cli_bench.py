@@ -55,7 +55,7 @@ def test_bench_writes_its_results(checkpoint, tmp_path, capsys):
         (["--output-len", "1"], "--output-len: must be an integer >= 2, got '1'"),
         (["--steps-per-launch", "0"], "--steps-per-launch: must be an integer within 1..256, got '0'"),
         (["--prompt-file", "/nowhere"], "/nowhere: No such file or directory"),
-        (["--tp", "3"], "tensor = 3: must be one of"),
+        (["--tp", "3"], "tensor = 3: must be one of 1, 2, 4, 8 (tensor is --tp, "),
     ],
 )
 def test_bad_bench_arguments_are_named(arguments, message, tmp_path, capsys):

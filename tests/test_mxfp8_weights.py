@@ -115,7 +115,7 @@ def test_an_engine_serves_it_over_ranks(spread, floats, small):
 
 @pytest.mark.parametrize("expert", [2, 1])
 def test_ranks_hold_their_part(small, kept, spread, expert):
-    """With one KV head for two ranks, which then have its values and scales both."""
+    """With one KV head and one index head for two ranks, which then have their values and scales both."""
     model = spread
     if expert == 1:
         model = MiniMaxM3ForCausalLM.from_pretrained(small, parallel=ParallelConfig(tensor=2))
@@ -124,7 +124,13 @@ def test_ranks_hold_their_part(small, kept, spread, expert):
         assert isinstance(whole, Mxfp8)
         np.testing.assert_array_equal(np.asarray(whole.values).view(np.uint8), np.asarray(leaf.values).view(np.uint8))
         np.testing.assert_array_equal(whole.scales, leaf.scales, err_msg=name)
-    down = dict(zip(model._names, model.leaves, strict=True))["layers.1.mlp.experts.down_proj"]
+    leaves = dict(zip(model._names, model.leaves, strict=True))
+    for name in ("k_proj", "v_proj", "index_q_proj"):
+        leaf, whole = (own[f"layers.1.self_attn.{name}"] for own in (leaves, kept.state()))
+        for array, expected in ((leaf.values, whole.values), (leaf.scales, whole.scales)):
+            assert len(array.addressable_shards) == 2
+            assert all(np.array_equal(shard.data, expected) for shard in array.addressable_shards), name
+    down = leaves["layers.1.mlp.experts.down_proj"]
     parts = [{shard.data.shape for shard in leaf.addressable_shards} for leaf in (down.values, down.scales)]
     assert parts == ([{(2, 64, 64)}, {(2, 64, 2)}] if expert == 2 else [{(4, 64, 32)}, {(4, 64, 1)}])
 

@@ -10,9 +10,18 @@ from typing import Any
 
 from minimax_jax.rank_slice.trace import Launch, overlap
 
-# NCCL's kernels, and those that XLA has of its own for small sums and exchanges
-COLLECTIVE = re.compile(r"nccl|all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|collective|multimem", re.IGNORECASE)
+# NCCL's kernels; and those that XLA makes itself for small sums and exchanges, which it names after the instruction,
+# and that after the primitive it came from: a sum of a decode step is "psum_119_0_fusion_1"
+_COLLECTIVE = re.compile(
+    r"nccl|all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|collective|multimem|(?<![a-z])(psum|pmax|pmin|ppermute)",
+    re.IGNORECASE,
+)
 _SHOWN = 12
+
+
+def is_collective(name: str) -> bool:
+    """Whether a kernel is a collective's, by its name in a profile."""
+    return _COLLECTIVE.search(name) is not None
 
 
 def collective_share(launches: Sequence[Launch]) -> dict[str, Any] | None:
@@ -32,8 +41,8 @@ def collective_share(launches: Sequence[Launch]) -> dict[str, Any] | None:
     spans, busy, taken, alone, counts = [], [], [], [], []
     for own in by_device.values():
         whole = overlap(own)
-        rest = overlap([launch for launch in own if not COLLECTIVE.search(launch.name)])
-        found = [launch for launch in own if COLLECTIVE.search(launch.name)]
+        rest = overlap([launch for launch in own if not is_collective(launch.name)])
+        found = [launch for launch in own if is_collective(launch.name)]
         assert whole is not None
         spans.append(whole.span_us)
         busy.append(whole.busy_us)

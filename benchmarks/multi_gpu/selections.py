@@ -11,34 +11,48 @@ from jaxtyping import Array
 
 from minimax_jax import MiniMaxM3ForCausalLM
 from minimax_jax.attention import ReferenceAttend
+from minimax_jax.attention.paged import attend_paged, write_paged
 from minimax_jax.model import SINGLE_DEVICE, abstract_model, merge_model, split_model
-from minimax_jax.parallel import Layout
+from minimax_jax.parallel import IndexSplit, Layout
 from minimax_jax.parallel.config import AXES
-from minimax_kernels import Mxfp8, index_score, select_blocks, write_index
+from minimax_kernels import Mxfp8, index_score, select_blocks
 
 
 class SelectionRecorder(ReferenceAttend):
-    """Keeps the blocks that each index head selects, by layer."""
+    """Keeps the blocks that each index head selects, by layer: those that it then attends to.
 
-    def __init__(self, *args: Any, index_split: Any = None):
+    Args:
+      index_split: what shares out the index keys; None where every rank has them all.
+    """
+
+    def __init__(self, *args: Any, index_split: IndexSplit | None = None):
         super().__init__(*args)
         self.selected: list[Array] = []
         self.index_split = index_split
 
     def __call__(self, layer_id, q, k, v, idx_q, idx_k):
-        if idx_k is not None:
-            ranks = 1 if self.index_split is None else self.index_split.size
-            pages = jnp.zeros((self.num_pages, self.config.index_block_size // ranks, idx_k.shape[2]), idx_k.dtype)
-            topk = self.config.index_topk_blocks
-            if self.index_split is None:
-                pages = write_index(pages, idx_k, self.slots, impl="reference")
-                scores = index_score(idx_q, pages, self.batch, impl="reference")
-                selected = select_blocks(scores, self.batch, topk=topk, impl="reference")
-            else:
-                pages = self.index_split.write(pages, idx_k, self.slots, impl="reference")
-                selected = self.index_split.select(idx_q, pages, self.batch, topk=topk, impl="reference")
-            self.selected.append(selected)
-        return super().__call__(layer_id, q, k, v, idx_q, idx_k)
+        if idx_k is None:
+            return super().__call__(layer_id, q, k, v, idx_q, idx_k)
+        block_size = self.config.index_block_size
+        keys = block_size // (1 if self.index_split is None else self.index_split.size)
+        empty = jnp.zeros((self.num_pages, k.shape[1], block_size, k.shape[2]), k.dtype)
+        pages = write_paged(
+            empty, empty, jnp.zeros((self.num_pages, keys, idx_k.shape[2]), idx_k.dtype), k, v, idx_k, self.slots,
+            index_split=self.index_split, impl=self.impl,
+        )  # fmt: skip
+        k_pages, v_pages, index_pages = pages
+        own: Any = self  # selects in the place of an `IndexSplit`
+        return attend_paged(
+            self.config, q, k_pages, v_pages, idx_q, index_pages, self.batch, index_split=own, impl=self.impl
+        )
+
+    def select(self, idx_q, index_cache, batch, *, impl, **options):
+        if self.index_split is None:
+            selected = select_blocks(index_score(idx_q, index_cache, batch, impl=impl), batch, **options, impl=impl)
+        else:
+            selected = self.index_split.select(idx_q, index_cache, batch, **options, impl=impl)
+        self.selected.append(selected)
+        return selected
 
 
 def selections(model: MiniMaxM3ForCausalLM, tokens: list[int]) -> list[np.ndarray]:

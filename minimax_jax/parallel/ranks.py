@@ -92,7 +92,7 @@ class Ranks:
     ) -> jax.Array:
         """The global array of a weight, made from what this process's devices need of it and no more.
 
-        The host holds one rank's part at a time; ranks that hold the same share one read.
+        The host holds the parts of two ranks at most, one of which is being read; ranks that hold the same share one.
 
         Args:
           shape: in the whole model.
@@ -117,7 +117,7 @@ class Ranks:
                 for box, index in pieces[1:]:
                     part[index] = read(box)
             shards += [jax.device_put(part, device, may_alias=False) for device in devices]
-            jax.block_until_ready(shards)  # so that the host's copy is gone before the next one comes
+            jax.block_until_ready(shards)  # so that no more than this one is left when the next has come
         return jax.make_array_from_single_device_arrays(self.layout.global_shape(shape, splits), sharding, shards)
 
     def put(self, name: str, whole: Any) -> Any:
@@ -134,7 +134,8 @@ class Ranks:
             host = np.asarray(array)
 
             def read(ranges: tuple[Range, ...]) -> np.ndarray:
-                return host[tuple(slice(*part) for part in ranges)]
+                # a copy, for on a CPU JAX may use the memory that it is given, which the caller may write to
+                return host[tuple(slice(*part) for part in ranges)].copy()
 
             return self.assemble(name, host.shape, read, columns_first=quantized)
 

@@ -9,11 +9,13 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.multi_gpu.collective_share import collective_share
+from benchmarks.multi_gpu.collective_share import collective_share, is_collective
+from benchmarks.multi_gpu.compile_log import saying_compiles
 from benchmarks.multi_gpu.full_width import TINY, Executables, FullWidth
 from benchmarks.multi_gpu.mesh_model import Case
 from benchmarks.multi_gpu.weights import MAKERS, layers_and_pages, model_config, rank_weight_bytes
@@ -70,6 +72,39 @@ def test_collectives_share_of_a_step():
     assert share["alone_us"] == 7.5 and share["share"] == 0.25 and share["count"] == 1
     assert share["kernels"] == {"fusion": 20, "ncclDevKernel_AllReduce_Sum_bf16_RING_LL": 15, "gemm": 10}
     assert collective_share([]) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>) ncclDevKernel_SendRecv", True),
+        ("all-reduce.7 all_gather_3 reduce-scatter-start.1 reduce_scatter.2 all_to_all.4 ragged-all-to-all", True),
+        (
+            "collective-permute.1 collective_broadcast psum_119_0_fusion_1 psum.3 loop_psum_fusion pmax_2 ppermute.1",
+            True,
+        ),
+        ("grouped_matmul_swiglu gemm_fusion_dot_general_3 add_norm loop_add_fusion nvjet_sm90_tss_128x256_64x4", False),
+        (
+            "input_reduce_fusion cumsum_fusion wrapped_gather loop_scatter_fusion loop_dynamic_update_slice_fusion",
+            False,
+        ),
+    ],
+)
+def test_kernels_of_collectives_by_their_names(names, expected):
+    assert {name: is_collective(name) for name in names.split()} == dict.fromkeys(names.split(), expected)
+
+
+def test_compiled_programs_are_said_while_asked_for():
+    said, x = [], jnp.ones(3)
+
+    def doubled(x):
+        return x * 2
+
+    with saying_compiles(said.append, least_s=0.0) as totals:
+        jax.jit(doubled)(x)
+    jax.jit(lambda x: doubled(x) + 1)(x)
+    assert totals["programs"] == len(said) == 1 and totals["seconds"] > 0
+    assert said[0].startswith("    compiled ") and said[0].endswith(" s")
 
 
 def test_weights_in_8_bits_are_drawn_into_their_shards():

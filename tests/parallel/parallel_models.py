@@ -19,7 +19,6 @@ EXPERT = [(1, 2, 1), (1, 4, 1), (1, 8, 1)]
 MIXED = [(8, 8, 1), (4, 8, 1), (8, 2, 1), (2, 4, 1)]
 DATA = [(1, 8, 8), (2, 8, 4), (4, 8, 2), (2, 2, 2)]
 LAYOUTS = TENSOR + EXPERT + MIXED + DATA
-OFTEN = [(8, 1, 1), (8, 8, 1), (4, 8, 1), (1, 8, 8), (2, 8, 4)]  # one of each kind; the others are marked slow
 
 
 def four_head_config(**changes) -> MiniMaxM3Config:
@@ -94,16 +93,13 @@ def stored_bytes(directory, sizes, ranks, itemsize=2):
     return total
 
 
-def cases(layouts: list[tuple[int, int, int]], often: list[tuple[int, int, int]]) -> list:
-    """Parameters of a test; all that are not in `often` are marked slow, since each compiles for seconds.
+def cases(layouts: list[tuple[int, int, int]], *, usual: list[tuple[int, int, int]] | None = None) -> list:
+    """Parameters of a test: slow ones, since each layout compiles for seconds, and long those that are not `usual`."""
 
-    Few expert ranks alone are marked long: mixed layouts have as few, and one rank's heads are one device's.
-    """
+    def mark(sizes):
+        return pytest.mark.slow if usual is None or sizes in usual else pytest.mark.long
 
-    def marks(sizes):
-        return () if sizes in often else pytest.mark.long if sizes in EXPERT[:2] else pytest.mark.slow
-
-    return [pytest.param(sizes, id=name_of(sizes), marks=marks(sizes)) for sizes in layouts]
+    return [pytest.param(sizes, id=name_of(sizes), marks=mark(sizes)) for sizes in layouts]
 
 
 def name_of(sizes: tuple[int, int, int]) -> str:

@@ -2,7 +2,8 @@
 
     python processes_program.py '{"model": DIR, "layouts": [[4, 4, 1]], ...}' --cpu-devices 2 --coordinator ...
 
-Writes, in each process, OUT/NUMBER.json: tokens by layout, bytes read of the checkpoint.
+Writes, in each process, OUT/NUMBER.json: by layout tokens, bytes read of the checkpoint, and how this process's part of
+the logits and of the selected blocks differs from one device's (in the file "expected").
 """
 
 import argparse
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from selected_blocks import other_rows, recorded_blocks
 
 from minimax_jax import LLM, MiniMaxM3ForCausalLM, SamplingParams
+from minimax_jax.buckets import bucket
 from minimax_jax.checkpoint.files import CheckpointFiles
 from minimax_jax.parallel import ParallelConfig, ProcessesConfig, start_processes
 
@@ -41,14 +44,29 @@ def counted(self, name, index=None):
     return view
 
 
+def compare(model):
+    """(largest difference of logits, rows of selected blocks that were compared, and that differ)."""
+    lengths = [len(prompt) for prompt in plan["prompts"]]
+    logits = model(plan["prompts"]).logits
+    off = [abs(np.asarray(shard.data) - expected["logits"][shard.index]).max() for shard in logits.addressable_shards]
+    found = blocks.taken()
+    devices = enumerate(model.ranks.mesh.devices.flat)
+    assert sorted(found) == [rank for rank, device in devices if device.process_index == processes.index]
+    rows = bucket(-(-len(lengths) // model.ranks.groups))
+    return [float(max(off)), *other_rows(expected["blocks"], found, model.ranks.layout, lengths, rows)]
+
+
 CheckpointFiles.read = counted
-result = {"index": processes.index, "tokens": [], "read": []}
-for sizes in plan["layouts"]:
-    read.clear()
-    model = MiniMaxM3ForCausalLM.from_pretrained(plan["model"], "float32", parallel=ParallelConfig(*sizes))
-    result["read"].append(sum(read))
-    tokens = model.generate(plan["prompts"], max_new_tokens=plan["new"], do_sample=False, eos_token_id=-1)
-    result["tokens"].append(np.asarray(tokens).tolist())
+expected = np.load(plan["expected"])
+result = {"index": processes.index, "tokens": [], "read": [], "compared": []}
+with recorded_blocks() as blocks:
+    for sizes in plan["layouts"]:
+        read.clear()
+        model = MiniMaxM3ForCausalLM.from_pretrained(plan["model"], "float32", parallel=ParallelConfig(*sizes))
+        result["read"].append(sum(read))
+        result["compared"].append(compare(model))
+        tokens = model.generate(plan["prompts"], max_new_tokens=plan["new"], do_sample=False, eos_token_id=-1)
+        result["tokens"].append(np.asarray(tokens).tolist())
 if plan["llm"]:  # two calls of more requests than run at once
     with LLM(plan["model"], dtype="float32", parallel=ParallelConfig(*plan["llm"]), **plan["shapes"]) as llm:
         params = SamplingParams(max_tokens=plan["new"], temperature=0, ignore_eos=True, detokenize=False)

@@ -138,10 +138,10 @@ def test_a_rank_holds_its_part_of_the_index_keys(sizes):
 
 
 LENGTHS, NEW = (70, 1, 33, 16, 50), 6
-MORE = [pytest.param(sizes, id=name_of(sizes), marks=pytest.mark.long) for sizes in [(2, 1, 1), (4, 8, 1), (4, 8, 2)]]
+SPLIT = [(8, 8, 1), (2, 8, 4), (2, 1, 1), (4, 8, 1), (4, 8, 2)]
 
 
-@pytest.mark.parametrize("sizes", [*cases([(8, 8, 1), (2, 8, 4)], [(2, 8, 4)]), *MORE])
+@pytest.mark.parametrize("sizes", cases(SPLIT, usual=SPLIT[:2]))
 def test_greedy_tokens_equal_one_devices(sizes):
     ids, options = prompts(*LENGTHS), {"max_new_tokens": NEW}
     if sizes == (2, 8, 4):  # the one that always runs: what is rounded, and to what, is the same on every layout

@@ -1,61 +1,87 @@
-"""Logits, greedy tokens and selected blocks over eight devices equal those of one."""
+"""Logits, selected blocks and greedy tokens over eight devices equal those of one."""
+
+import functools
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parallel_models import LAYOUTS, OFTEN, cases, name_of, one_device, over_ranks, prompts
+from parallel_models import LAYOUTS, VOCAB, cases, name_of, one_device, over_ranks, prompts, spread
+from selected_blocks import other_rows, recorded_blocks
 
 from benchmarks.multi_gpu.selections import different_rows, selections
 from minimax_jax import MiniMaxM3ForCausalLM
+from minimax_jax.buckets import bucket
 from minimax_jax.engine.generation import generate_tokens
-from minimax_jax.parallel import ParallelConfig
+from minimax_jax.parallel import ParallelConfig, Ranks
 
-LENGTHS = (70, 1, 33, 16, 50)  # of five requests: two data ranks of eight have none, and none fills its share
+LENGTHS = (150, 1, 33, 16, 50)  # of five requests: two data ranks of eight have none, and none fills its share
 NEW = 6
 
 
 @pytest.fixture(scope="module")
-def expected():
-    model = one_device()
+def blocks():
+    """What the models of this module attend to."""
+    with recorded_blocks() as found:
+        yield found
+
+
+@functools.cache
+def recorded(sizes, **options):
+    """`one_device()` over ranks, with steps of its own, which `blocks` sees."""
+    return spread(one_device(), sizes, **options)
+
+
+def greedy(model, ids, count):
+    return np.asarray(model.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=-1))
+
+
+@pytest.fixture(scope="module")
+def expected(blocks):
+    model = MiniMaxM3ForCausalLM(one_device().config, one_device().state())
     ids = prompts(*LENGTHS)
-    logits = np.asarray(model(ids).logits)
-    tokens = np.asarray(model.generate(ids, max_new_tokens=NEW))
+    blocks.taken()  # what other tests have left
+    logits, selected = np.asarray(model(ids).logits), blocks.taken()[0]
+    (whole,) = selected
+    assert len(np.unique(whole[:, 100 : LENGTHS[0]], axis=0)) == 4  # the four heads select differently
+    tokens = greedy(model, ids, NEW)
     assert len(np.unique(tokens[:, -NEW:])) > NEW  # the choices vary
-    return ids, logits, tokens
+    return ids, logits, selected, tokens
 
 
-@pytest.mark.parametrize("sizes", cases(LAYOUTS, OFTEN))
-def test_logits_and_greedy_tokens_equal_one_devices(sizes, expected):
-    assert_same_numbers(over_ranks(sizes), expected)
+@pytest.mark.parametrize("sizes", cases(LAYOUTS))
+def test_logits_blocks_and_greedy_tokens_equal_one_devices(sizes, expected, blocks):
+    assert_same_numbers(recorded(sizes), expected, blocks)
 
 
-def assert_same_numbers(model, expected):
-    ids, logits, tokens = expected
+def assert_same_numbers(model, expected, blocks):
+    ids, logits, selected, tokens = expected
+    blocks.taken()
     np.testing.assert_allclose(model(ids).logits, logits, rtol=0, atol=1e-4)
-    np.testing.assert_array_equal(model.generate(ids, max_new_tokens=NEW), tokens)
+    found, layout, lengths = blocks.taken(), model.ranks.layout, [len(prompt) for prompt in ids]
+    assert sorted(found) == list(range(layout.parallel.num_devices))
+    rows = bucket(-(-len(ids) // model.ranks.groups))
+    holders = layout.parallel.num_devices // model.ranks.groups  # ranks that attend the same requests
+    heads = len(found[0][0])
+    compared, other = other_rows(selected, found, layout, lengths, rows)
+    assert compared == len(selected) * holders * heads * sum(lengths) and other == 0
+    _, other = other_rows([np.roll(whole, 1, axis=0) for whole in selected], found, layout, lengths, rows)
+    assert other > 0
+    np.testing.assert_array_equal(greedy(model, ids, tokens.shape[1] - max(lengths)), tokens)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "options"), [((1, 8, 8), {"all_to_all_tokens": 20}), ((2, 8, 4), {"hosts": 2})], ids=str
 )
-def test_other_ways_to_the_experts_give_one_devices_numbers(sizes, options, expected):
+def test_other_ways_to_the_experts_give_one_devices_numbers(sizes, options, expected, blocks):
     """All-to-all, in steps with prompts only: the steps after them have fewer tokens. Two hosts."""
-    assert_same_numbers(over_ranks(sizes, **options), expected)
-
-
-@pytest.mark.parametrize("sizes", cases(LAYOUTS, [(8, 1, 1), (2, 8, 4)]))
-def test_selected_blocks_are_the_same_in_every_layout(sizes):
-    assert_same_selections(over_ranks(sizes))
+    assert_same_numbers(recorded(sizes, **options), expected, blocks)
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (4, 8, 1), (2, 8, 4)], ids=name_of)
 def test_selected_blocks_are_the_same_where_ranks_share_out_index_keys(sizes):
-    assert_same_selections(over_ranks(sizes, split_index_keys=True))
-
-
-def assert_same_selections(parallel):
-    tokens = prompts(200, seed=3)[0]
+    """In prompts alone, whose logits above come without a cache: then every rank scores all keys."""
+    parallel, tokens = over_ranks(sizes, split_index_keys=True), prompts(200, seed=3)[0]
     expected = selections(one_device(), tokens)
     assert all(len(np.unique(whole[:, 100:], axis=0)) == 4 for whole in expected)  # the four heads select differently
     found, layout = selections(parallel, tokens), parallel.ranks.layout
@@ -71,16 +97,19 @@ def assert_same_selections(parallel):
     ],
     ids=str,
 )
-def test_sampling_draws_one_devices_tokens(sizes, options):
+def test_sampling_draws_one_devices_tokens_and_brings_no_logits_to_the_host(sizes, options, blocks, monkeypatch):
     ids = prompts(*LENGTHS)
     given = {"max_new_tokens": 5, "do_sample": True, "seed": 3, **options}
     expected = np.asarray(one_device().generate(ids, **given))
-    np.testing.assert_array_equal(over_ranks(sizes).generate(ids, **given), expected)
+    brought, fetch = [], Ranks.fetch
+    monkeypatch.setattr(Ranks, "fetch", lambda self, rows: brought.append(rows.size) or fetch(self, rows))
+    np.testing.assert_array_equal(recorded(sizes).generate(ids, **given), expected)
+    assert brought and max(brought) < VOCAB  # a token a row, padding included
 
 
 def test_data_ranks_prefill_in_chunks_of_their_own():
     """A long prompt takes several steps, in which ranks that are done join in without tokens."""
-    model, ids = over_ranks((1, 8, 8)), [np.array(prompt, np.int32) for prompt in prompts(*LENGTHS)]
+    model, ids = recorded((1, 8, 8)), [np.array(prompt, np.int32) for prompt in prompts(*LENGTHS)]
     options = model.generation_config.override(do_sample=False)
     steps = generate_tokens(
         model._steps, model._leaves, model.config, ids, options,
@@ -90,12 +119,21 @@ def test_data_ranks_prefill_in_chunks_of_their_own():
     np.testing.assert_array_equal(np.stack(list(steps), axis=1), expected[:, :2])
 
 
-@pytest.mark.slow
-def test_the_embedded_checkpoint_over_eight_ranks():
-    ids = prompts(200, 150, seed=1, vocab=2000)
-    one = MiniMaxM3ForCausalLM.from_pretrained("tiny")
-    model = MiniMaxM3ForCausalLM.from_pretrained("tiny", parallel=ParallelConfig(tensor=8, expert=8))
-    np.testing.assert_allclose(model(ids).logits, one(ids).logits, rtol=0, atol=1e-4)
-    tokens = one.generate(ids, max_new_tokens=4, do_sample=False)
-    np.testing.assert_array_equal(model.generate(ids, max_new_tokens=4, do_sample=False), tokens)
-    assert model.num_parameters() == one.num_parameters()
+TINY_LENGTHS = (1100, 40)  # the first selects 8 of 9 blocks
+
+
+@pytest.fixture(scope="module")
+def embedded(blocks):
+    model = MiniMaxM3ForCausalLM.from_pretrained("tiny")
+    ids = prompts(*TINY_LENGTHS, seed=1, vocab=2000)
+    blocks.taken()  # what other tests have left
+    logits, selected = np.asarray(model(ids).logits), blocks.taken()[0]
+    assert all((whole[:, TINY_LENGTHS[0] - 1] != np.arange(1, 9)).any() for whole in selected)
+    return ids, logits, selected, greedy(model, ids, 4)
+
+
+@pytest.mark.parametrize("sizes", cases(LAYOUTS, usual=[(8, 8, 1)]))
+def test_the_embedded_checkpoint_over_ranks(sizes, embedded, blocks):
+    model = MiniMaxM3ForCausalLM.from_pretrained("tiny", parallel=ParallelConfig(*sizes))
+    assert_same_numbers(model, embedded, blocks)
+    assert model.num_parameters() == MiniMaxM3ForCausalLM.from_pretrained("tiny").num_parameters()

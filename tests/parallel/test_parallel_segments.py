@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hlo_collectives import collectives
-from parallel_models import name_of, one_device, prompts, spread
+from parallel_models import LAYOUTS, name_of, one_device, prompts, spread
 
 from minimax_jax import LLM, SamplingParams
 from minimax_jax.attention import StepLayout, paged, step_layout
 from minimax_jax.cache import PagePool
 from minimax_jax.engine.generation import generate_tokens
 from minimax_jax.engine.segmented_prefill import FlatStep
+from minimax_jax.parallel.config import TOKENS
 from minimax_jax.segmented import StaleCaptureError
 from minimax_kernels.sparse_attention import reference as sparse_reference
 
@@ -21,11 +22,13 @@ LENGTHS, NEW = (70, 1, 33, 16, 50), 4
 # (sizes, whether index keys are shared out)
 REPLICAS, GROUPS = ((4, 8, 1), False), ((2, 8, 4), True)
 MORE = [((2, 1, 1), True), ((4, 8, 1), True), ((8, 8, 1), False), ((2, 8, 4), False), ((1, 8, 8), False)]
+EVERY = [*MORE[:2], *((sizes, False) for sizes in LAYOUTS)]
 
 
-def over(*often):
-    """Layouts for `model`, by default these."""
-    marked = [(case, pytest.mark.slow) for case in often] + [(case, pytest.mark.long) for case in MORE]
+def over(*often, long=MORE):
+    """Layouts for `model`: these, and others that take long."""
+    marked = [(case, pytest.mark.slow) for case in often]
+    marked += [(case, pytest.mark.long) for case in long if case not in often]
     params = [pytest.param(case, id=f"{name_of(case[0])}-{case[1]}", marks=mark) for case, mark in marked]
     return pytest.mark.parametrize("model", params, indirect=True)
 
@@ -74,15 +77,16 @@ def model(request, selections):
 @pytest.fixture(scope="module")
 def whole(model, selections):
     """(tokens, selected blocks) of whole steps, whose tokens other tests compare with one device's."""
+    selections.taken()  # what other tests have left
     tokens = np.asarray(model.generate(prompts(*LENGTHS), max_new_tokens=NEW, execution="whole"))
     return tokens, selections.taken()
 
 
-@over(REPLICAS, GROUPS)
+@over(REPLICAS, GROUPS, MORE[2], MORE[4], long=EVERY)
 def test_tokens_and_selected_blocks_are_those_of_whole_steps(model, whole, selections):
     tokens, selected = whole
     np.testing.assert_array_equal(model.generate(prompts(*LENGTHS), max_new_tokens=NEW, execution="segmented"), tokens)
-    assert selections.taken() == selected and len(selected) > NEW
+    assert selections.taken() == selected and len(selected) >= NEW  # another one in each step
     assert model.steps.segmented.layers.stats().warmups == 1
 
 
@@ -125,10 +129,14 @@ def live_rows(model, steps, hidden):
 
 def check_collectives(ranks, segments, runtime):
     """A dense and a sparse layer with experts in segments; and what is behind their boundaries."""
-    program = segments.layers.program()
+    program, parallel = segments.layers.program(), ranks.layout.parallel
     sent = [collectives(entry.executable.compiled.as_text()) for entry in program.entries]
     counts = collections.Counter(kind for found in sent for kind, _ in found)
-    assert counts == {"all-reduce": 5, "all-gather": 2, "reduce-scatter": 1}  # the embedding's is one
+    heads, tokens = parallel.tensor > 1, parallel.size(TOKENS) > 1
+    expected = {"all-reduce": 2 * heads + 3 * tokens}  # the embedding's is one
+    if parallel.attention_data > 1:
+        expected |= {"all-gather": 2, "reduce-scatter": 1}
+    assert counts == collections.Counter(expected)
     config, rows = ranks.layout.local_config, program.signature.rows
 
     def own(*shape):
@@ -143,9 +151,18 @@ def check_collectives(ranks, segments, runtime):
     assert not collectives(dense.compile().as_text())
     sparse = segments.attention._sparse.lower(pool.k[1], pool.v[1], pool.index[1], out, q, k, k, *index, *rest)
     found = collectives(sparse.compile().as_text())
-    assert sorted(kind for kind, _ in found) == ["all-gather", "all-to-all"]  # index keys are shared out
-    # queries and candidates of 32 tokens and 4 heads: no cache, which a test of few pages cannot tell by its size
-    assert {size for _, size in found} <= {rows * 4 * 16, 2 * rows * 2 * 2, 2 * rows * 2 * 4}
+    if ranks.index_split is None:
+        assert not found
+        return
+    assert sorted(kind for kind, _ in found) == ["all-gather", "all-to-all"]
+    # queries of all heads and candidates of 32 tokens: no cache, which a test of few pages cannot tell by its size
+    own_heads = max(1, 4 // parallel.tensor)
+    candidates = 2 * rows * 2 * own_heads
+    assert {size for _, size in found} <= {
+        rows * 16 * max(4, parallel.tensor),
+        candidates,
+        candidates * parallel.tensor,
+    }
 
 
 @over(GROUPS)

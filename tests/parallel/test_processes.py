@@ -1,7 +1,9 @@
 """Several processes give one process's tokens, read their part of the checkpoint, and end together."""
 
+import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -13,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from parallel_models import one_device, prompts, stored_bytes
+from selected_blocks import recorded_blocks
 from tokenizer_samples import write_tokenizer
 
 from minimax_jax import MiniMaxM3ForCausalLM
@@ -47,6 +50,16 @@ def checkpoint(model, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def one(model, tmp_path_factory) -> tuple[list[list[int]], np.ndarray, Path]:
+    """(prompts, one device's greedy tokens, a file with its logits and selected blocks)."""
+    ids, file = prompts(20, 9, 60, vocab=250), tmp_path_factory.mktemp("expected") / "expected.npz"
+    with recorded_blocks() as found:
+        logits = np.asarray(model(ids).logits)
+        np.savez(file, logits=logits, blocks=found.taken()[0])
+    return ids, np.asarray(model.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=-1)), file
+
+
 def run_together(count: int, folder: Path, **plan) -> list[dict]:
     """Runs the program in `count` processes and returns what each has written."""
     plan = json.dumps({"new": NEW, "out": str(folder), **plan})
@@ -77,15 +90,21 @@ def in_whole_and_parts(directory: Path, config, sizes) -> tuple[int, int]:
         pytest.param(4, [(4, 4, 1), (2, 4, 2), (4, 2, 1)], (1, 4, 4), id="4-others", marks=pytest.mark.long),
     ],
 )
-def test_processes_generate_one_devices_tokens_and_read_their_part(count, layouts, llm, model, checkpoint, tmp_path):
-    """Four devices in all; TP with EP, attention data parallelism, both; `generate` and `LLM`."""
-    ids = prompts(20, 9, 33, vocab=250)
-    expected = np.asarray(model.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=-1))
+def test_processes_give_one_devices_numbers_and_read_their_part(count, layouts, llm, one, model, checkpoint, tmp_path):
+    """Four devices in all; TP with EP, attention data parallelism, both; logits, blocks, `generate` and `LLM`."""
+    ids, expected, file = one
     plan = {"model": str(checkpoint), "layouts": layouts, "prompts": ids, "llm": llm, "shapes": LLM_SHAPES}
-    for number, result in enumerate(run_together(count, tmp_path, **plan)):
+    results, lengths = run_together(count, tmp_path, expected=str(file), **plan), [len(prompt) for prompt in ids]
+    for place, sizes in enumerate(layouts):  # every head of every token in one process or another, some in several
+        layout = Layout(model.config, ParallelConfig(*sizes))
+        copies = layout.local_config.num_key_value_heads * sizes[0] * max(1, sizes[1] // (sizes[0] * sizes[2]))
+        assert sum(result["compared"][place][1] for result in results) == sum(lengths) * copies
+    for number, result in enumerate(results):
         assert result["index"] == number
         own = range(4 // count * number, 4 // count * (number + 1))
-        for sizes, tokens, read in zip(layouts, result["tokens"], result["read"], strict=True):
+        found = zip(layouts, result["tokens"], result["read"], result["compared"], strict=True)
+        for sizes, tokens, read, (off, _, other) in found:
+            assert off <= 1e-4 and other == 0, sizes
             np.testing.assert_array_equal(tokens, expected, err_msg=str(sizes))
             assert read == stored_bytes(checkpoint, sizes, own, itemsize=4), sizes
         whole, split = in_whole_and_parts(checkpoint, model.config, (4, 4, 1))
@@ -95,14 +114,39 @@ def test_processes_generate_one_devices_tokens_and_read_their_part(count, layout
             assert result["llm"] == [expected[:, -NEW:].tolist()] * 2
 
 
-def start_pair(checkpoint: Path, *options: str, **others) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+FIRST_PORT = 2**16 - 2**12  # where JAX's ports of clusters' jobs begin; a job's number says which
+
+
+def free_job() -> int:
+    """The number of a job whose port is free here."""
+    for job in random.sample(range(2**12), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", FIRST_PORT + job))
+            return job
+    raise OSError("no port is free")
+
+
+def variables(cluster: str, job: int, number: int) -> dict[str, str]:
+    """What srun, or Open MPI's mpirun, tells process `number` of two on one host."""
+    if cluster == "slurm":
+        count, rank = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}, "SLURM_"
+        return {**count, f"{rank}PROCID": str(number), f"{rank}LOCALID": str(number), "SLURM_STEP_NUM_NODES": "1"}
+    count, rank = {"OMPI_MCA_orte_hnp_uri": f"{job * 2**12}.0;tcp://127.0.0.1:34911"}, "OMPI_COMM_WORLD_"
+    return {**count, f"{rank}SIZE": "2", f"{rank}RANK": str(number), f"{rank}LOCAL_RANK": str(number)}
+
+
+def start_pair(checkpoint: Path, *options: str, cluster: str | None = None) -> list[subprocess.Popen]:
+    """Two processes of `generate`: of a cluster's job, or with a coordinator."""
+    job, started = free_job(), []
     command = [sys.executable, "-m", "minimax_jax", "generate", "--model", str(checkpoint), "--cpu-devices", "1"]
-    command += [*options, "--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id"]
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return [subprocess.Popen([*command, str(number)], env=ENVIRONMENT, **pipes) for number in range(2)]
+    for number in range(2):
+        where = ["--coordinator", f"127.0.0.1:{FIRST_PORT + job}", "--num-processes", "2", "--process-id", str(number)]
+        environment = ENVIRONMENT
+        if cluster is not None:
+            where, environment = ["--distributed", cluster], {**ENVIRONMENT, **variables(cluster, job, number)}
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen([*command, *options, *where], env=environment, **pipes))
+    return started
 
 
 @pytest.mark.slow
@@ -124,12 +168,11 @@ def test_a_dead_process_ends_the_other_in_mid_generation(checkpoint):
 
 
 FAILING = """
-import sys, jax
+import jax
 from minimax_jax.parallel import ProcessesConfig, start_processes
 jax.config.update("jax_platforms", "cpu")
-port, number = sys.argv[1:]
-with start_processes(ProcessesConfig(f"127.0.0.1:{port}", 2, int(number))) as processes:
-    if number == "1":
+with start_processes(ProcessesConfig()) as processes:
+    if processes.index == 1:
         raise MemoryError("no room for it")
     processes.from_first(lambda: 1)
     import time
@@ -138,15 +181,12 @@ with start_processes(ProcessesConfig(f"127.0.0.1:{port}", 2, int(number))) as pr
 
 
 def test_an_error_in_one_process_of_a_program_ends_all_with_its_message():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    pair = [
-        subprocess.Popen(
-            [sys.executable, "-c", FAILING, port, number], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, cwd=ROOT
-        )
-        for number in "01"
-    ]
+    """In a SLURM job, which JAX finds by itself."""
+    job, pair = free_job(), []
+    for number in range(2):
+        environment = {**ENVIRONMENT, **variables("slurm", job, number)}
+        command = [sys.executable, "-c", FAILING]
+        pair.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT))
     said = [process.communicate(timeout=60)[1] for process in pair]
     assert [process.returncode for process in pair] == [1, 1]
     assert all("MemoryError: no room for it" in text for text in said)
@@ -154,13 +194,14 @@ def test_an_error_in_one_process_of_a_program_ends_all_with_its_message():
 
 def test_sizes_that_the_processes_do_not_have_are_refused_once_and_before_loading(checkpoint, tmp_path):
     (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())  # and nothing to load
-    pair = start_pair(tmp_path, "--tp", "4", "--prompt", "a")
+    pair = start_pair(tmp_path, "--tp", "4", "--prompt", "a", cluster="ompi")
     results = [(process.communicate(timeout=120), process.returncode) for process in pair]
     assert [code for _, code in results] == [2, 2]
     errors = [line for (_, text), _ in results for line in text.decode().splitlines() if line.startswith("minimax-jax")]
     assert len(errors) == 1  # of whichever process found it first
     refusal = (
-        "tensor = 4, expert = 1, attention_data = 1: take 4 devices, must be the 2 of all 2 processes (this one has 1)"
+        "tensor = 4, expert = 1, attention_data = 1: take 4 devices, must be the 2 of all 2 processes (this one has 1) "
+        "(tensor is --tp, expert is --ep, attention_data is --attention-dp)"
     )
     assert re.fullmatch(rf"minimax-jax: error: (process 1 of 2 \(on .+\): )?{re.escape(refusal)}", errors[0])
 

@@ -65,10 +65,18 @@ def test_two_groups_on_two_hosts_send_a_token_between_them_from_every_rank():
     assert traffic.between_hosts == 8 * (6144 * 2 * 2 + 4 * 8) / 2
 
 
-@pytest.mark.slow
 def test_the_documentations_expected_steps_are_what_the_formula_gives():
     config = MiniMaxM3Config.m3()
-    shapes = {name: x.shape for name, x in split_model(abstract_model(config, jnp.bfloat16))[1].items()}
+    kinds = [config.is_sparse(i) for i in range(config.num_hidden_layers)]
+    assert kinds == sorted(kinds) and config.mlp_layer_types == tuple("sparse" if kind else "dense" for kind in kinds)
+    few = config.replace(
+        num_hidden_layers=2, layer_types=config.layer_types[::59], mlp_layer_types=config.mlp_layer_types[::59]
+    )
+    own = {name: x.shape for name, x in split_model(abstract_model(few, jnp.bfloat16))[1].items()}
+    shapes = {name: shape for name, shape in own.items() if not name.startswith("layers.")}
+    for layer, sparse in enumerate(kinds):  # a layer of each kind stands for all of them
+        kind = f"layers.{int(sparse)}."
+        shapes |= {name.replace(kind, f"layers.{layer}."): x for name, x in own.items() if name.startswith(kind)}
     table = rows(4)
     assert len(table) == 6
     for sizes, shown in table.items():
