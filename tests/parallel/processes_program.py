@@ -47,9 +47,8 @@ def counted(self, name, index=None):
 def compare(model):
     """(largest difference of logits, rows of selected blocks that were compared, and that differ)."""
     lengths = [len(prompt) for prompt in plan["prompts"]]
-    logits = model(plan["prompts"]).logits
+    logits, found = blocks.during(lambda: model(plan["prompts"]).logits)
     off = [abs(np.asarray(shard.data) - expected["logits"][shard.index]).max() for shard in logits.addressable_shards]
-    found = blocks.taken()
     devices = enumerate(model.ranks.mesh.devices.flat)
     assert sorted(found) == [rank for rank, device in devices if device.process_index == processes.index]
     rows = bucket(-(-len(lengths) // model.ranks.groups))

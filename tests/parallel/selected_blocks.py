@@ -38,14 +38,16 @@ class SelectedBlocks:
     def _add(self, number, rank, selected):
         self._found[number, int(rank)] = np.asarray(selected)
 
-    def taken(self):
-        """By rank the layers of the one program that has run since the last time."""
+    def during(self, run):
+        """(what one program gives, its blocks by rank and layer), whatever ran before."""
+        jax.effects_barrier()
+        self._found.clear()
+        result = jax.block_until_ready(run())
         jax.effects_barrier()
         found = {}
         for number, rank in sorted(self._found):
             found.setdefault(rank, []).append(self._found[number, rank])
-        self._found.clear()
-        return found
+        return result, found
 
 
 @contextlib.contextmanager

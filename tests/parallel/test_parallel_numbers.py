@@ -39,8 +39,8 @@ def greedy(model, ids, count):
 def expected(blocks):
     model = MiniMaxM3ForCausalLM(one_device().config, one_device().state())
     ids = prompts(*LENGTHS)
-    blocks.taken()  # what other tests have left
-    logits, selected = np.asarray(model(ids).logits), blocks.taken()[0]
+    logits, found = blocks.during(lambda: model(ids).logits)
+    selected = found[0]
     (whole,) = selected
     assert len(np.unique(whole[:, 100 : LENGTHS[0]], axis=0)) == 4  # the four heads select differently
     tokens = greedy(model, ids, NEW)
@@ -55,9 +55,9 @@ def test_logits_blocks_and_greedy_tokens_equal_one_devices(sizes, expected, bloc
 
 def assert_same_numbers(model, expected, blocks):
     ids, logits, selected, tokens = expected
-    blocks.taken()
-    np.testing.assert_allclose(model(ids).logits, logits, rtol=0, atol=1e-4)
-    found, layout, lengths = blocks.taken(), model.ranks.layout, [len(prompt) for prompt in ids]
+    own, found = blocks.during(lambda: model(ids).logits)
+    np.testing.assert_allclose(own, logits, rtol=0, atol=1e-4)
+    layout, lengths = model.ranks.layout, [len(prompt) for prompt in ids]
     assert sorted(found) == list(range(layout.parallel.num_devices))
     rows = bucket(-(-len(ids) // model.ranks.groups))
     holders = layout.parallel.num_devices // model.ranks.groups  # ranks that attend the same requests
@@ -126,8 +126,8 @@ TINY_LENGTHS = (1100, 40)  # the first selects 8 of 9 blocks
 def embedded(blocks):
     model = MiniMaxM3ForCausalLM.from_pretrained("tiny")
     ids = prompts(*TINY_LENGTHS, seed=1, vocab=2000)
-    blocks.taken()  # what other tests have left
-    logits, selected = np.asarray(model(ids).logits), blocks.taken()[0]
+    logits, found = blocks.during(lambda: model(ids).logits)
+    selected = found[0]
     assert all((whole[:, TINY_LENGTHS[0] - 1] != np.arange(1, 9)).any() for whole in selected)
     return ids, logits, selected, greedy(model, ids, 4)
 

@@ -55,8 +55,8 @@ def one(model, tmp_path_factory) -> tuple[list[list[int]], np.ndarray, Path]:
     """(prompts, one device's greedy tokens, a file with its logits and selected blocks)."""
     ids, file = prompts(20, 9, 60, vocab=250), tmp_path_factory.mktemp("expected") / "expected.npz"
     with recorded_blocks() as found:
-        logits = np.asarray(model(ids).logits)
-        np.savez(file, logits=logits, blocks=found.taken()[0])
+        logits, blocks = found.during(lambda: model(ids).logits)
+    np.savez(file, logits=logits, blocks=blocks[0])
     return ids, np.asarray(model.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=-1)), file
 
 
