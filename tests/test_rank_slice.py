@@ -263,6 +263,11 @@ def test_a_run_at_small_sizes(tmp_path, capsys):
     assert "(3 a launch, no graphs" in printed.out
 
 
+def test_what_no_way_of_launching_knows_stays_unknown():
+    """Without weights in 8 bits, "no copies of them in floats" would be said of nothing."""
+    assert measure.most([None, None]) is None and measure.most([3, None, 5]) == 5 and measure.most([0, None]) == 0
+
+
 def test_cases_left_out_for_want_of_time_are_a_failure(tmp_path, monkeypatch, capsys):
     ticks = itertools.count()
     monkeypatch.setattr(measure, "time", SimpleNamespace(monotonic=lambda: next(ticks), perf_counter=lambda: 0.0))

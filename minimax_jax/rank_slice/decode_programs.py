@@ -51,7 +51,7 @@ class DecodePrograms:
 
         Raises:
           jax.errors.JaxRuntimeError: if XLA does not compile it.
-          NotImplementedError: if it has no graph for it.
+          NotImplementedError: if JAX has no lowering of it for this device.
         """
         for width in widths:
             compiled = self._compile(launching, leaves, runner, plan, rows, width)

@@ -10,6 +10,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def run_rank_slice(args: argparse.Namespace) -> int:
                     found["error"] = " ".join(str(error).split())[:500]
                     engine.recover()
             if usable:
-                found |= {name: max(own[way][name] or 0 for way in usable) for name in ("temporaries", "float_copies")}
+                found |= {name: most(own[way][name] for way in usable) for name in ("temporaries", "float_copies")}
             if "error" in found:
                 report["failed"][case.name] = found["error"]
                 _write(report, args.out)
@@ -242,6 +243,11 @@ def _measure(
         "kernels": kernel_table(launches, count),
         "profiled_steps": count,
     }
+
+
+def most(numbers: Iterable[int | None]) -> int | None:
+    """The largest of those that are known, None if none is."""
+    return max((number for number in numbers if number is not None), default=None)
 
 
 def _launches(way: Launching) -> int:
