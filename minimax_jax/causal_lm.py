@@ -32,7 +32,6 @@ from minimax_jax.module_interface import ModuleInterface, dtype_name, find_devic
 from minimax_jax.outputs import CausalLMOutput
 from minimax_jax.parallel import ParallelConfig, Ranks
 from minimax_jax.paths import model_directory
-from minimax_jax.tensor_table import MXFP8_BLOCK
 from minimax_jax.tokenizer import Tokenizer
 from minimax_kernels import Mxfp8
 
@@ -463,10 +462,8 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
 
 
 def _fits(weight: jax.Array | Mxfp8, shape: tuple[int, ...]) -> bool:
-    if isinstance(weight, Mxfp8):
-        *columns, inputs = weight.values.shape
-        if weight.scales.shape != (*columns, inputs // MXFP8_BLOCK):
-            return False
+    if isinstance(weight, Mxfp8) and not weight.scales_fit:
+        return False
     return weight.shape == shape
 
 

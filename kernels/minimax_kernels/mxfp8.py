@@ -41,12 +41,17 @@ class Mxfp8:
             raise ValueError(
                 f"{name} is Mxfp8 of {self.values.dtype} and {self.scales.dtype}: must be float8_e4m3fn and uint8"
             )
-        *columns, rows = self.values.shape
-        if rows % BLOCK or self.scales.shape != (*columns, rows // BLOCK):
+        if self.values.shape[-1] % BLOCK or not self.scales_fit:
             raise ValueError(
                 f"{name} has scales {tuple(self.scales.shape)} for values {tuple(self.values.shape)}: must be "
                 f"[..., N, K / {BLOCK}] for [..., N, K]"
             )
+
+    @property
+    def scales_fit(self) -> bool:
+        """Whether there is a scale for every whole block of inputs."""
+        *columns, rows = self.values.shape
+        return self.scales.shape == (*columns, rows // BLOCK)
 
     @property
     def ndim(self) -> int:
