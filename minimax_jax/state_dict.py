@@ -13,6 +13,7 @@ from minimax_jax.checkpoint import STYLES, dequantize_mxfp8, quantize_mxfp8, sta
 from minimax_jax.checkpoint.names import Piece, StateTensor, Style, detect_style
 from minimax_jax.config import MiniMaxM3Config
 from minimax_kernels import Mxfp8
+from minimax_kernels.mxfp8 import straighten
 
 BUFFERS = ("e_score_correction_bias",)  # what is no parameter in transformers
 
@@ -40,7 +41,7 @@ def named_tensors(state: Mapping[str, Any], config: MiniMaxM3Config, style: str)
         whole = state[tensor.name]
         for piece in tensor.pieces:
             if isinstance(whole, Mxfp8):
-                yield piece.name, _cut(whole.values, piece.values)
+                yield piece.name, straighten(_cut(whole.values, piece.values))
                 yield piece.scales.name, _cut(whole.scales, piece.scales)
             else:
                 yield piece.name, _cut(whole, piece)
@@ -91,6 +92,8 @@ def state_from(
 
 def _assembled(tensor: StateTensor, given: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
     whole = jax.tree.map(np.array, state[tensor.name])
+    if isinstance(whole, Mxfp8):
+        whole = Mxfp8(straighten(whole.values), whole.scales)
     for piece in tensor.pieces:
         if piece.name not in given:
             continue
@@ -103,7 +106,7 @@ def _assembled(tensor: StateTensor, given: Mapping[str, Any], state: Mapping[str
             _cut(whole.scales, piece.scales)[:] = scales
         else:
             _cut(whole, piece)[:] = part if scales is None else dequantize_mxfp8(part, scales)
-    return whole
+    return Mxfp8.from_rows(whole.values, whole.scales) if isinstance(whole, Mxfp8) else whole
 
 
 def _cut(whole: Any, piece: Piece) -> Any:

@@ -112,7 +112,7 @@ def table_text(products: dict) -> str:
     latest = f"Latest on {about['device']}, driver {about['driver']}, jax {about['jax']}, {about['date']}."
     return (
         f'"""{head}\n\n{latest}\n"""\n\n'
-        "Table = dict[tuple[str, str, int, int, int, int], tuple[int, int, int, int, int, int, int]]\n\n"
+        "Table = dict[tuple[str, str, int, int, int, int], tuple[int, int, int, int, int, int]]\n\n"
         f"PRODUCTS: Table = {{\n{lines}}}\n"
     )
 

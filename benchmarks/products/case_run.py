@@ -57,7 +57,7 @@ class CaseRun:
         self.reference: Any
         self.truth: Any
         self.reference, self.truth = reference_and_truth(functools.partial(_expected, case))
-        self.by_slabs = case.kind == "matmul" and any(takes_slabs(weight, case.rows) for weight in self.structs[1:])
+        self.by_slabs = case.kind == "matmul" and any(takes_slabs([weight], case.rows) for weight in self.structs[1:])
         launches: list[MatmulLaunch | None] = [None] if self.by_slabs else []
         self.launches = [*launches, *candidates(case)][: 1 if quick else None]
 

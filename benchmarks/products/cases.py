@@ -115,10 +115,10 @@ def all_cases(tokens: tuple[int, ...] = TOKENS, *, bf16: bool = False, shrink: i
 
 MOST_CANDIDATES = 5
 MANY = (  # rows of a program, columns, inputs, warps, stages
-    (128, 128, 64, 4, 4), (256, 128, 64, 8, 3), (128, 256, 64, 8, 3), (256, 64, 64, 4, 3),
+    (128, 128, 64, 4, 4), (256, 128, 64, 8, 3), (128, 128, 128, 4, 2), (256, 64, 64, 4, 3),
 )  # fmt: skip
-FEW_JOINED = ((16, 64, 128, 4, 3), (16, 32, 128, 4, 4), (32, 64, 64, 4, 4))  # columns of one half
-FEW_GROUPED = ((16, 128, 128, 4, 3), (16, 64, 128, 4, 4), (32, 128, 64, 4, 4))
+FEW_JOINED = ((16, 32, 256, 4, 3), (16, 32, 128, 4, 4), (16, 64, 128, 4, 4), (16, 32, 256, 4, 2))  # of one half
+FEW_GROUPED = ((16, 64, 256, 4, 3), (16, 64, 128, 4, 4), (16, 128, 128, 4, 3), (16, 64, 256, 4, 2))
 
 
 def candidates(case: Case) -> list[MatmulLaunch]:
@@ -131,18 +131,17 @@ def candidates(case: Case) -> list[MatmulLaunch]:
     if not few:
         tried = [MatmulLaunch(m, n // halves, k, own.splits, Launch(warps, stages)) for m, n, k, warps, stages in MANY]
     elif case.kind == "matmul":
-        wide = own.block_k == 64
         tried = [
             changed(splits=own.splits // 2) if own.splits > 1 else changed(block_n=64 if own.block_n < 64 else 32),
-            changed(block_k=128 if wide else 64),
-            changed(block_n=128, splits=min(2 * own.splits, 16)),
-            changed(launch=Launch(4, own.launch.num_stages - 1)),
+            changed(block_k=256),
+            changed(block_k=64 if own.block_k > 64 else 128),
+            changed(block_k=256, splits=max(own.splits // 2, 1)),
         ]
     else:
         least = FEW_JOINED if joined else FEW_GROUPED
         tried = [MatmulLaunch(m, n, k, 1, Launch(warps, stages)) for m, n, k, warps, stages in least]
         if own.splits > 1:
-            tried = [changed(splits=own.splits // 2), changed(block_k=128), *tried]
+            tried = [changed(splits=own.splits // 2), changed(block_k=256), *tried]
     found = [own]
     for launch in tried:
         fits = case.inputs % launch.block_k == 0 and case.column_divisor % launch.block_n == 0

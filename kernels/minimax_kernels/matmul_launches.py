@@ -6,11 +6,12 @@ import dataclasses
 
 from minimax_kernels.launch_table import NUM_SMS
 from minimax_kernels.measured_products import PRODUCTS
-from minimax_kernels.triton_call import Launch, ceil_div, next_power_of_two
+from minimax_kernels.triton_call import Launch, ceil_div, floor_power_of_two, next_power_of_two
 
 LEAST_COLUMNS = 16  # of a tile, as the matrix instructions have them
 FEW_ROWS = 64  # rows up to which a product is bound by reading its weight
 MOST_BLOCK_K = 128
+GROUP_BLOCK_K = 256  # of few rows: this many bytes of a column are next to each other
 LEAST_ROWS = 16  # of a tile
 
 
@@ -105,17 +106,22 @@ def group_launch(
     if measured is not None:
         return measured
     halves = 2 if joined else 1
-    block_k, block_n = largest_divisor(in_features, 64), largest_divisor(column_divisor, 128 // halves)
     if mean_rows > FEW_ROWS:
+        block_k, block_n = largest_divisor(in_features, 64), largest_divisor(column_divisor, 128 // halves)
         return MatmulLaunch(128 if mean_rows > 128 else 64, block_n, block_k, 1, Launch(4, 3))
+    block_n = largest_divisor(column_divisor, 64 // halves if quantized else 128 // halves)
     programs = min(num_rows, num_groups) * (out_features // halves // block_n)
     # a group that has several times the mean takes several tiles, which find its weight in the second-level cache
     block_m = min(max(next_power_of_two(2 * mean_rows), LEAST_ROWS), FEW_ROWS)
+    most = (GROUP_BLOCK_K if block_m <= 16 else MOST_BLOCK_K) if quantized else 64
+    # several steps, so that memory is read while others are multiplied
+    block_k = largest_divisor(in_features, min(most, max(64, floor_power_of_two(in_features // 4))))
+    launch = Launch(4, 3 if block_k == GROUP_BLOCK_K else 4)
     if (num_rows if all_rows is None else all_rows) <= FEW_ROWS and programs < 2 * NUM_SMS:
         splits = min(_splits(programs, 8 * NUM_SMS, in_features // block_k), 8)
         if splits > 1:
-            return MatmulLaunch(block_m, block_n * halves, block_k, splits, Launch(4, 4))
-    return MatmulLaunch(block_m, block_n, block_k, 1, Launch(4, 4))
+            return MatmulLaunch(block_m, block_n * halves, block_k, splits, launch)
+    return MatmulLaunch(block_m, block_n, block_k, 1, launch)
 
 
 def _splits(programs: int, wanted: int, most: int) -> int:

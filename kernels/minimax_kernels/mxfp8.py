@@ -1,12 +1,14 @@
 """MXFP8 weights as a pytree: e4m3 values that share one e8m0 scale per 32 inputs.
 
 The arrays have their outputs first, as checkpoints do. The inputs of one column of the matrix are then next to each
-other, as the matrix instructions want those of an operand that comes from registers, where bytes become bfloat16.
+other, as the matrix instructions want those of an operand that comes from registers, where bytes become bfloat16. They
+are so in the order of `interleave`: of each 64 inputs a thread holds 16, for four instructions, and reads them at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt
 
 BLOCK = 32
+INTERLEAVED = 64
+AnyArray = Any  # of JAX or NumPy
 
 
 @jax.tree_util.register_dataclass
@@ -22,12 +26,18 @@ class Mxfp8:
     """A quantised matrix or stack of matrices (OCP Microscaling Formats 1.0, MXFP8 E4M3).
 
     Attributes:
-      values: [..., N, K] float8_e4m3fn. Kernels take a NaN among them for 480: a block that holds one has scale 255.
+      values: [..., N, K] float8_e4m3fn, inputs in the order of `interleave`; of an array that is split over devices,
+        each device's part is so by itself. Kernels take a NaN among them for 480: a block that holds one has scale 255.
       scales: [..., N, K / 32] uint8, exponent biased by 127: the factor is 2 ** (scale - 127).
     """
 
     values: Float[Array, "*E N K"]
     scales: UInt[Array, "*E N K/32"]
+
+    @classmethod
+    def from_rows(cls, values: AnyArray, scales: AnyArray) -> Mxfp8:
+        """Of values whose inputs are in their own order, as checkpoints have them."""
+        return cls(interleave(values), scales)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,6 +69,33 @@ class Mxfp8:
         return len(self.values.shape)
 
 
+def interleave(values: AnyArray) -> AnyArray:
+    """[..., K] in the order in which kernels read inputs, of JAX or NumPy.
+
+    In each 64 (32 if K is no multiple of 64) input 8 c + 2 t + j comes to lie at t (64 / 4) + 2 c + j: thread t of the
+    four that share a column holds inputs 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of every 16 (PTX ISA, register fragments of
+    wgmma.mma_async.m64nNk16, matrix A).
+    """
+    block = interleaved_inputs(values.shape[-1])
+    return _swapped(values, block, (block // 8, 4, 2))
+
+
+def straighten(values: AnyArray) -> AnyArray:
+    """The inverse of `interleave`."""
+    block = interleaved_inputs(values.shape[-1])
+    return _swapped(values, block, (4, block // 8, 2))
+
+
+def interleaved_inputs(in_features: int) -> int:
+    """How many inputs are in an order of their own, block after block: what a kernel's steps must be multiples of."""
+    return INTERLEAVED if in_features % INTERLEAVED == 0 else BLOCK
+
+
+def _swapped(values: AnyArray, block: int, axes: tuple[int, int, int]) -> AnyArray:
+    parts = values.reshape(*values.shape[:-1], values.shape[-1] // block, *axes)
+    return parts.swapaxes(-2, -3).reshape(values.shape)
+
+
 def dequantize(w: Mxfp8, dtype: DTypeLike = jnp.float32) -> Float[Array, "*E K N"]:
     """The matrix; see `dequantize_columns`."""
     return dequantize_columns(w, dtype).swapaxes(-1, -2)
@@ -73,4 +110,4 @@ def dequantize_columns(w: Mxfp8, dtype: DTypeLike = jnp.float32) -> Float[Array,
     subnormal = jnp.uint32(1 << 22)  # byte 0 is 2 ** -127, a float32 subnormal
     factor = jax.lax.bitcast_convert_type(jnp.where(w.scales == 0, subnormal, bits), jnp.float32)
     factor = jnp.where(w.scales == 255, jnp.nan, factor)
-    return (w.values.astype(jnp.float32) * jnp.repeat(factor, BLOCK, axis=-1)).astype(dtype)
+    return (straighten(w.values).astype(jnp.float32) * jnp.repeat(factor, BLOCK, axis=-1)).astype(dtype)

@@ -9,19 +9,23 @@ from jax.experimental.pallas import triton as plgpu
 
 from minimax_kernels.mxfp8 import BLOCK
 
-# Two e4m3 bytes seeeemmm become two bfloat16: s 0000eeee mmm0000 is the value times 2 ** -120, subnormals included,
-# and multiplying by 2 ** 120 (0x7b80) is exact. The hardware's own conversion goes through float16 and float32. Two,
-# since the matrix instructions have two neighbouring inputs in a register: of four, bytes would be put together first.
+# Four e4m3 bytes seeeemmm become four bfloat16: s 0000eeee mmm0000 is the value times 2 ** -120, subnormals included,
+# and multiplying by 2 ** 120 (0x7b80) is exact. The hardware's own conversion goes through float16 and float32.
 _EXPAND = """{
-.reg .b32 pair, bits, bias;
+.reg .b32 low, high, bits, bias;
 mov.b32 bias, 0x7b807b80;
-cvt.u32.u16 pair, $1;
-prmt.b32 pair, pair, 0, 0x1404;
-shr.b32 bits, pair, 4;
+prmt.b32 low, $2, 0, 0x1404;
+prmt.b32 high, $2, 0, 0x3424;
+shr.b32 bits, low, 4;
 and.b32 bits, bits, 0x07f007f0;
-lop3.b32 pair, pair, 0x80008000, bits, 0xEA;
-mul.rn.bf16x2 pair, pair, bias;
-mul.rn.bf16x2 $0, pair, $2;
+lop3.b32 low, low, 0x80008000, bits, 0xEA;
+shr.b32 bits, high, 4;
+and.b32 bits, bits, 0x07f007f0;
+lop3.b32 high, high, 0x80008000, bits, 0xEA;
+mul.rn.bf16x2 low, low, bias;
+mul.rn.bf16x2 high, high, bias;
+mul.rn.bf16x2 $0, low, $3;
+mul.rn.bf16x2 $1, high, $4;
 }"""
 
 
@@ -33,22 +37,28 @@ def scale_factors(scales: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
-def dequantize_tile(values: jax.Array, scales: jax.Array, *, interpret: bool) -> jax.Array:
+def dequantize_tile(values: jax.Array, scales: jax.Array, *, interleaved: int, interpret: bool) -> jax.Array:
     """bfloat16 [N, K] of values [N, K] and scales [N, K / 32] uint8, rounded once where bfloat16 has no such number.
 
-    A value that is NaN gives +-480 times its scale: blocks that hold one have scale 255 (`Mxfp8`).
+    A value that is NaN gives +-480 times its scale: blocks that hold one have scale 255 (`Mxfp8`). The order of inputs
+    becomes their own at no cost: it is that of the registers which the matrix instructions read.
+
+    Args:
+      interleaved: `interleaved_inputs` of the whole matrix; divides K.
     """
     columns, rows = values.shape
+    assert rows % interleaved == 0, (rows, interleaved)
     factors = scale_factors(scales)
     factors = jnp.broadcast_to(factors[:, :, None], (columns, rows // BLOCK, BLOCK)).reshape(columns, rows)
-    data = lax.bitcast_convert_type(values, jnp.uint8)
+    data = lax.bitcast_convert_type(values, jnp.uint8).reshape(columns, rows // interleaved, 4, interleaved // 8, 2)
+    data = data.transpose(0, 1, 3, 2, 4).reshape(columns, rows)
     if interpret:
         return _expand(data) * factors
     (result,) = plgpu.elementwise_inline_asm(
         _EXPAND,
         args=[data, factors],
-        constraints="=r,h,r",
-        pack=2,
+        constraints="=r,=r,r,r,r",
+        pack=4,
         result_shape_dtypes=[jax.ShapeDtypeStruct(values.shape, jnp.bfloat16)],
     )
     return result

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-from minimax_kernels.mxfp8 import BLOCK, Mxfp8
+from minimax_kernels.mxfp8 import BLOCK, Mxfp8, interleaved_inputs
 from minimax_kernels.mxfp8_tile import dequantize_tile
 
 Weight = Float[Array, "*E K N"] | Mxfp8
@@ -71,10 +71,18 @@ def store_rows(
     columns: Int[Array, "n"],
     result: Float[Array, "m n"],
     lead: tuple[jax.Array, ...] = (),
+    its: Bool[Array, "n"] | None = None,
 ) -> None:
-    """Writes the rows that are `live`, in the type of the array [T, N]; `lead`: where in a stack of such."""
+    """Writes the rows that are `live`, in the type of the array [T, N].
+
+    Args:
+      lead: where in a stack of such arrays.
+      its: which columns to write, None for all.
+    """
     to = (jnp.where(live, row, out_ref.shape[-2])[:, None], columns[None, :])  # out of range where nothing is written
     mask = jnp.broadcast_to(live[:, None], result.shape)
+    if its is not None:
+        mask &= its[None, :]
     plgpu.store(out_ref.at[(*lead, *to)], result.astype(out_ref.dtype), mask=mask)
 
 
@@ -87,7 +95,6 @@ def multiply_tile(
     block_k: int,
     begin: jax.Array | int,
     stop: jax.Array | int,
-    rows_first: bool = False,
     interpret: bool,
 ) -> jax.Array:
     """float32 [num_rows, len(columns)] products with these columns, over a range of inputs.
@@ -97,9 +104,8 @@ def multiply_tile(
 
     Args:
       rows_at: k -> [num_rows, block_k], the rows' inputs from k on.
+      block_k: inputs of a step; of an MXFP8 weight a multiple of `interleaved_inputs`.
       begin, stop: the range, in steps of block_k inputs.
-      rows_first: takes rows as the first operand all the same. ptxas keeps matrix instructions under way together in
-        one loop of a kernel; in two loops with operands in registers it waits for each.
     """
 
     def product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
@@ -128,9 +134,10 @@ def multiply_tile(
         tile = values(i)
         # a few bytes a thread, which asynchronous copies do not take: loaded a step ahead
         following = scales(i + 1)
-        w, x = dequantize_tile(tile, scale, interpret=interpret), rows_at(i * block_k)
-        return total + (product(x, w, (1, 1)) if rows_first else product(w, x, (1, 1))), following
+        w = dequantize_tile(tile, scale, interleaved=interleaved_inputs(weight.in_features), interpret=interpret)
+        x = rows_at(i * block_k)
+        return total + product(w, x, (1, 1)), following
 
-    shape = (num_rows, columns.shape[0]) if rows_first else (columns.shape[0], num_rows)
-    total, _ = lax.fori_loop(begin, stop, add_dequantized, (jnp.zeros(shape, jnp.float32), scales(jnp.int32(begin))))
-    return total if rows_first else total.T
+    empty = jnp.zeros((columns.shape[0], num_rows), jnp.float32)
+    total, _ = lax.fori_loop(begin, stop, add_dequantized, (empty, scales(jnp.int32(begin))))
+    return total.T

@@ -201,8 +201,7 @@ def _on_device(plan: LoadPlan, name: str, device: Any, ranks: Ranks | None, thre
     """One state tensor; the host's copy is gone when this returns."""
     import jax
 
-    from minimax_jax.checkpoint.nan_blocks import marked_scales
-    from minimax_kernels import Mxfp8
+    from minimax_jax.mxfp8_parts import for_kernels
 
     kept, tensor = name in plan.kept, plan.tensors[name]
 
@@ -218,11 +217,9 @@ def _on_device(plan: LoadPlan, name: str, device: Any, ranks: Ranks | None, thre
         return placed(plan.read, tensor.shape)
     values = placed(plan.read_values, tensor.values.shape)
     try:
-        weight = Mxfp8(values, placed(plan.read_scales, tensor.scales.shape))
-        return Mxfp8(values, marked_scales(weight))
-    except BaseException:
-        values.delete()  # as in `load_state`, whose `state` this is not part of yet
-        raise
+        return for_kernels(values, placed(plan.read_scales, tensor.scales.shape))
+    finally:
+        values.delete()  # as in `load_state`, whose `state` this is not part of
 
 
 def _state_dtype(dtype: Any) -> np.dtype:

@@ -12,12 +12,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from minimax_jax.cache import CachePlacement, PagedCaches
 from minimax_jax.config import MiniMaxM3Config
+from minimax_jax.mxfp8_parts import for_kernels, values_in_rows
 from minimax_jax.parallel.comm import MeshComm
 from minimax_jax.parallel.config import AXES, HEADS, REQUESTS, TOKENS, ParallelConfig
 from minimax_jax.parallel.index_split import IndexSplit
 from minimax_jax.parallel.layout import KV_CACHE, Layout, Range, boxes, part_shape
 from minimax_jax.parallel.mesh import make_mesh
 from minimax_kernels import Mxfp8
+from minimax_kernels.mxfp8 import straighten
 
 
 class Ranks:
@@ -130,8 +132,10 @@ class Ranks:
         if quantized:
             self.layout.check_blocks({name: whole.shape})
 
-        def spread(array: np.ndarray | jax.Array) -> jax.Array:
-            host = np.asarray(array)
+        def spread(
+            array: np.ndarray | jax.Array, arrange: Callable[[np.ndarray], np.ndarray] = np.asarray
+        ) -> jax.Array:
+            host = arrange(np.asarray(array))
 
             def read(ranges: tuple[Range, ...]) -> np.ndarray:
                 # a copy, for on a CPU JAX may use the memory that it is given, which the caller may write to
@@ -139,12 +143,18 @@ class Ranks:
 
             return self.assemble(name, host.shape, read, columns_first=quantized)
 
-        return jax.tree.map(spread, whole)
+        return for_kernels(spread(whole.values, straighten), spread(whole.scales)) if quantized else spread(whole)
 
     def whole(self, name: str, weight: Any) -> Any:
         """The whole weight on the host; of an `Mxfp8` both arrays."""
         splits = self.layout.splits(name, columns_first=isinstance(weight, Mxfp8))
-        return jax.tree.map(lambda array: self.layout.whole(np.asarray(array), splits), weight)
+
+        def gathered(array: jax.Array) -> np.ndarray:
+            return self.layout.whole(np.asarray(array), splits)
+
+        if isinstance(weight, Mxfp8):  # each part is in the order of its own inputs
+            return Mxfp8.from_rows(gathered(values_in_rows(weight)), gathered(weight.scales))
+        return gathered(weight)
 
     def place(self, values: Any, specs: Any) -> Any:
         """What a step takes, from arrays that every process has, on the devices; one spec a leaf."""

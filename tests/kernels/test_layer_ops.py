@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import minimax_kernels as mk
 from minimax_kernels.route_tokens.pallas_triton import partial_logits
 from minimax_kernels.routed_experts.sort_few import can_sort_few, sort_few_pairs
+from minimax_kernels.routed_experts.sort_many import can_sort_many, sort_many_pairs
 from minimax_kernels.routed_experts.sorting import sort_pairs
 
 EXAMPLES = settings(max_examples=20, deadline=None)
@@ -126,11 +127,21 @@ def sort_in_numpy(ids, experts):
 
 @pytest.mark.parametrize(
     ("way", "tokens", "experts"),
-    [("one program", 1, 16), ("one program", 30, 5), ("XLA", 1, 16), ("XLA", 30, 5), ("XLA", 200, 16)],
+    [
+        ("one program", 1, 16),
+        ("one program", 30, 5),
+        ("programs", 700, 5),
+        ("programs", 300, 16),
+        ("programs", 90, 127),
+        ("XLA", 1, 16),
+        ("XLA", 30, 5),
+        ("XLA", 200, 16),
+    ],
 )
 def test_sorted_pairs(way, tokens, experts):
-    if way == "one program":
-        run = jax.jit(lambda ids: sort_few_pairs(ids, experts, interpret=True))
+    sorts = {"one program": sort_few_pairs, "programs": sort_many_pairs}
+    if way in sorts:
+        run = jax.jit(lambda ids: sorts[way](ids, experts, interpret=True))
     else:
         run = jax.jit(lambda ids: sort_pairs(ids, experts))
 
@@ -146,3 +157,4 @@ def test_sorted_pairs(way, tokens, experts):
 
 def test_one_program_takes_a_decode_steps_pairs_and_no_prompts():
     assert can_sort_few(64 * 4, 16) and can_sort_few(4, 128) and not can_sort_few(8192 * 4, 16)
+    assert can_sort_many(8192 * 4, 16) and can_sort_many(1024 * 4, 127) and not can_sort_many(8192 * 4, 128)

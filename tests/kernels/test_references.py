@@ -152,7 +152,7 @@ def mxfp8(random, experts, rows, columns):
     values = (random.standard_normal((experts, columns, rows)) * 30).astype(ml_dtypes.float8_e4m3fn)
     scales = random.integers(115, 125, (experts, columns, rows // 32)).astype(np.uint8)
     wide = values.astype(np.float64) * 2.0 ** (np.repeat(scales.astype(np.int64), 32, axis=2) - 127)
-    return mk.Mxfp8(jnp.asarray(values), jnp.asarray(scales)), wide.swapaxes(1, 2)
+    return mk.Mxfp8.from_rows(jnp.asarray(values), jnp.asarray(scales)), wide.swapaxes(1, 2)
 
 
 @pytest.mark.parametrize("quantised", [False, True])

@@ -35,7 +35,7 @@ def weight(random, *shape, quantised=True):
     wide = values.astype(np.float64) * 2.0 ** (np.repeat(scales.astype(np.int64), 32, axis=-1) - 127)
     wide = wide.swapaxes(-1, -2)
     if quantised:
-        return mk.Mxfp8(jnp.asarray(values), jnp.asarray(scales)), wide
+        return mk.Mxfp8.from_rows(jnp.asarray(values), jnp.asarray(scales)), wide
     return jnp.asarray(wide, jnp.bfloat16), wide  # exact: four significant bits
 
 
@@ -52,7 +52,7 @@ def test_every_byte_under_every_scale_becomes_the_bfloat16_that_it_stands_for():
     """Exact, but for subnormals, which a CPU may take for zeros; 255 is NaN; a NaN value is the loader's to mark."""
     values = np.array([b for b in range(256) if b & 0x7F != 0x7F], np.uint8)
     matrix = jnp.asarray(np.broadcast_to(values[:, None], (len(values), 32))).view(jnp.float8_e4m3fn)
-    dequantize = jax.jit(functools.partial(dequantize_tile, interpret=True))
+    dequantize = jax.jit(functools.partial(dequantize_tile, interleaved=32, interpret=True))
     for scale in range(256):
         result = np.asarray(dequantize(matrix, jnp.full((len(values), 1), scale, jnp.uint8)))[:, 0].astype(np.float64)
         factor = np.nan if scale == 255 else 2.0 ** (scale - 127)
@@ -108,11 +108,13 @@ def test_routed_experts_below_cover_split_inputs_and_joined_halves():
     assert [launch.splits > 1 for launch in launches] == [True, False, False]
 
 
-def test_very_many_rows_take_wide_weights_by_halves_and_the_others_at_once():
+@pytest.mark.parametrize(("narrow", "together"), [((128, 64), False), ((128, 256, 128), True)])
+def test_very_many_rows_take_wide_weights_by_halves_and_the_others_at_once(narrow, together):
     random = np.random.default_rng(3)
     x = rows_of(random, SLAB_ROWS + 5, 64)
-    weights, wide = zip(*(weight(random, 64, columns) for columns in (512, 128, 64)), strict=True)
-    assert [takes_slabs(w, len(x)) for w in weights] == [True, False, False]
+    weights, wide = zip(*(weight(random, 64, columns) for columns in (narrow[0], 512, *narrow[1:])), strict=True)
+    assert [takes_slabs([w], len(x)) for w in weights] == [w.shape[1] == 512 for w in weights]
+    assert takes_slabs([w for w in weights if w.shape[1] < 512], len(x)) == together
     for found, own in zip(jitted("matmul", dtype=jnp.float32)(x, weights), wide, strict=True):
         expected = np.asarray(x, np.float64) @ own
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())

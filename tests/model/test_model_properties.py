@@ -205,7 +205,7 @@ def test_linear_with_an_mxfp8_weight(dtype):
     scales = random.integers(118, 128, (40, 3)).astype(np.uint8)
     matrix = (values.astype(np.float64) * 2.0 ** (np.repeat(scales.astype(np.int64), 32, axis=1) - 127)).T
     x = jnp.asarray(random.standard_normal((7, 96)), dtype)
-    result = linear(x, Mxfp8(jnp.asarray(values), jnp.asarray(scales)))
+    result = linear(x, Mxfp8.from_rows(jnp.asarray(values), jnp.asarray(scales)))
     assert result.dtype == dtype
     exact = np.asarray(x, np.float64) @ matrix
     np.testing.assert_allclose(
@@ -227,7 +227,7 @@ def test_whole_model_with_mxfp8_weights(weights):
         scales = random.integers(119, 122, (*lead, outputs, inputs // 32)).astype(np.uint8)
         if inputs % 32:
             continue
-        quantised[name] = Mxfp8(jnp.asarray(values), jnp.asarray(scales))
+        quantised[name] = Mxfp8.from_rows(jnp.asarray(values), jnp.asarray(scales))
         factor = 2.0 ** (np.repeat(scales.astype(np.int64), 32, axis=-1) - 127)
         wide[name] = jnp.asarray((values.astype(np.float64) * factor).swapaxes(-1, -2), jnp.float32)
     assert sum(isinstance(leaf, Mxfp8) for leaf in quantised.values()) > 15

@@ -4,7 +4,7 @@ Few rows split the inputs over programs, so that all memory is read at once. An 
 shared memory to registers, become bfloat16 there and meet the rows in the matrix units. With one split a program
 writes its tile; with several they write float32 partial sums. XLA adds them up inside whatever reads the result; those
 of several weights, or of [gate | up] whose halves are joined, are a launch of their own. Without splits the halves are
-joined where the product ends. Thousands of rows take wide weights by slabs (`slabs.py`).
+joined where the product ends. Thousands of rows take weights by slabs (`slabs.py`).
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def matmul(
         raise NotImplementedError("pallas_triton: one array, or arrays and many rows, which XLA multiplies best")
     for weight in weights:
         require_weight(x, weight, interpret=interpret)
-    if launch is None and any(takes_slabs(weight, len(x)) for weight in weights):
-        products = _some_by_slabs(x, weights, dtype, interpret)
+    if launch is None and any(wide := [takes_slabs([weight], len(x)) for weight in weights]):
+        products = _some_by_slabs(x, weights, wide, dtype, interpret)
         return products if activation is None else tuple(map(activation.halves, products))
     if x.shape[0] == 0:
         return tuple(jnp.zeros((0, w.shape[1] // (1 if activation is None else 2)), dtype) for w in weights)
@@ -100,14 +100,18 @@ def partial_products(
 
 
 def _some_by_slabs(
-    x: Float[Array, "T K"], weights: Sequence[Weight], dtype: DTypeLike, interpret: bool
+    x: Float[Array, "T K"], weights: Sequence[Weight], wide: Sequence[bool], dtype: DTypeLike, interpret: bool
 ) -> tuple[Float[Array, "T N"], ...]:
-    """Wide weights by slabs, the others together in one launch."""
-    rest = [weight for weight in weights if not takes_slabs(weight, len(x))]
-    others = iter(matmul(x, rest, dtype=dtype, interpret=interpret) if rest else ())
+    """Each wide weight by slabs of its own, the others together, by slabs or in one launch."""
+    options: dict[str, Any] = {"dtype": dtype, "interpret": interpret}
+    rest = [weight for weight, alone in zip(weights, wide, strict=True) if not alone]
+    if takes_slabs(rest, len(x)):
+        others = iter(multiply_by_slabs(x, rest, **options))
+    else:
+        others = iter(matmul(x, rest, **options) if rest else ())
     return tuple(
-        multiply_by_slabs(x, weight, dtype=dtype, interpret=interpret) if takes_slabs(weight, len(x)) else next(others)
-        for weight in weights
+        multiply_by_slabs(x, [weight], **options)[0] if alone and isinstance(weight, Mxfp8) else next(others)
+        for weight, alone in zip(weights, wide, strict=True)
     )
 
 

@@ -1,14 +1,15 @@
-"""Very many rows times an MXFP8 weight, half of its columns at a time.
+"""Very many rows times MXFP8 weights, half of their columns at a time.
 
-With thousands of rows the conversion inside the product, which every tile of rows repeats, costs more than half of the
-matrix units' time: shared memory carries the bytes, the bfloat16 values and the operands. Here XLA converts half of
-the columns once, and the product reads bfloat16. The halves use the same memory one after the other, so that at no
-time all of a quantised weight exists in floats.
+With thousands of rows the conversion inside the product, which every tile of rows repeats, costs as much of the time as
+the matrix units. Here XLA converts half of the columns once, and the product reads bfloat16. The halves use the same
+memory one after the other, so that at no time all of a quantised weight exists in floats. Narrow weights, as those of
+keys and values are, go together: one slab has half of the columns of each.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import jax
@@ -25,60 +26,69 @@ from minimax_kernels.weight_tiles import Weight, WeightTiles, multiply_tile, sto
 
 SLABS = 2
 SLAB_ROWS = 2048  # from which they pay
-SLAB_COLUMNS = 512  # of a weight; fewer are not worth three launches more
+SLAB_COLUMNS = 512  # of a launch's weights; fewer are not worth three launches more
+LEAST_TILE = 128  # columns of a slab's tile
 
 
-def takes_slabs(weight: Weight, num_rows: int) -> TypeGuard[Mxfp8]:
+def takes_slabs(weights: Sequence[Weight], num_rows: int) -> TypeGuard[Sequence[Mxfp8]]:
     """Whether `multiply_by_slabs` is the faster way."""
-    if not isinstance(weight, Mxfp8) or num_rows < SLAB_ROWS:
+    if num_rows < SLAB_ROWS or not all(isinstance(weight, Mxfp8) for weight in weights):
         return False
-    in_features, out_features = weight.shape
-    return out_features >= SLAB_COLUMNS and out_features % (SLABS * 128) == 0 and in_features % 64 == 0
+    columns = [weight.shape[1] for weight in weights]
+    if sum(columns) < SLAB_COLUMNS:
+        return False
+    even = all(width % (SLABS * LEAST_TILE // 2) == 0 for width in columns) and sum(columns) % (SLABS * LEAST_TILE) == 0
+    return even and weights[0].shape[0] % 64 == 0
 
 
 def multiply_by_slabs(
-    x: Float[Array, "T K"], weight: Mxfp8, *, dtype: DTypeLike, interpret: bool
-) -> Float[Array, "T N"]:
-    """x @ weight as the kernel that converts in registers gives it, up to the order of sums."""
-    out: jax.Array | None = None
-    columns = weight.shape[1] // SLABS
-    for first in range(0, weight.shape[1], columns):
-        values, scales = weight.values, weight.scales
-        if out is not None:  # the floats of one slab are gone before those of the next are made
-            values, out = lax.optimization_barrier((values, out))
-        slab = Mxfp8(values[first : first + columns], scales[first : first + columns])
-        out = _multiply_into(x, dequantize_columns(slab, x.dtype), out, first, weight.shape[1], dtype, interpret)
-    assert out is not None
-    return out
+    x: Float[Array, "T K"], weights: Sequence[Mxfp8], *, dtype: DTypeLike, interpret: bool
+) -> tuple[Float[Array, "T N"], ...]:
+    """x @ weight for each as the kernel that converts in registers gives it, up to the order of sums."""
+    outs: tuple[jax.Array, ...] = ()
+    widths = [weight.shape[1] for weight in weights]
+    for part in range(SLABS):
+        arrays = [(weight.values, weight.scales) for weight in weights]
+        if outs:  # the floats of one slab are gone before those of the next are made
+            arrays, outs = lax.optimization_barrier((arrays, outs))
+        slab = [
+            dequantize_columns(Mxfp8(values[first : first + columns], scales[first : first + columns]), x.dtype)
+            for (values, scales), columns in zip(arrays, (width // SLABS for width in widths), strict=True)
+            for first in (part * columns,)
+        ]
+        outs = _multiply_into(x, jnp.concatenate(slab), outs, part, widths, dtype, interpret)
+    return outs
 
 
 def _multiply_into(
     x: Float[Array, "T K"],
     slab: Float[Array, "n K"],
-    out: Float[Array, "T N"] | None,
-    first: int,
-    out_features: int,
+    outs: Sequence[Float[Array, "T N"]],
+    part: int,
+    widths: Sequence[int],
     dtype: DTypeLike,
     interpret: bool,
-) -> Float[Array, "T N"]:
-    """Columns `first` on of x @ slab.T, in place of those of `out`; without one, all others stay unwritten."""
+) -> tuple[Float[Array, "T N"], ...]:
+    """x @ slab.T in place of a part of the columns of each of `outs`; without these, all others stay unwritten."""
     num_rows, columns = x.shape[0], slab.shape[0]
-    block_n = largest_divisor(columns, 256)
+    block_n = largest_divisor(columns, 256) if len(widths) == 1 else LEAST_TILE
     launch = MatmulLaunch(128, block_n, 64, 1, Launch(8, 3) if block_n == 256 else Launch(4, 4))
     return triton_call(
-        functools.partial(_slab_kernel, first=first, launch=launch, interpret=interpret),
-        [x, slab, *([] if out is None else [out])],
-        jax.ShapeDtypeStruct((num_rows, out_features), dtype),
+        functools.partial(_slab_kernel, part=part, widths=widths, launch=launch, interpret=interpret),
+        [x, slab, *outs],
+        tuple(jax.ShapeDtypeStruct((num_rows, width), dtype) for width in widths),
         grid=(columns // block_n, ceil_div(num_rows, launch.block_m)),
         launch=launch.launch,
         name="matmul_slab",
         interpret=interpret,
-        aliases={} if out is None else {2: 0},
+        aliases={2 + i: i for i in range(len(outs))},
     )
 
 
-def _slab_kernel(x_ref: Any, slab_ref: Any, *refs: Any, first: int, launch: MatmulLaunch, interpret: bool) -> None:
-    out_ref, (num_rows, in_features) = refs[-1], x_ref.shape
+def _slab_kernel(
+    x_ref: Any, slab_ref: Any, *refs: Any, part: int, widths: Sequence[int], launch: MatmulLaunch, interpret: bool
+) -> None:
+    out_refs, (num_rows, in_features) = refs[-len(widths) :], x_ref.shape
     row = pl.program_id(1) * launch.block_m + jnp.arange(launch.block_m, dtype=jnp.int32)
     at_row = jnp.minimum(row, num_rows - 1)[:, None]
     column = pl.program_id(0) * launch.block_n + jnp.arange(launch.block_n, dtype=jnp.int32)
@@ -89,4 +99,12 @@ def _slab_kernel(x_ref: Any, slab_ref: Any, *refs: Any, first: int, launch: Matm
         num_rows=launch.block_m, block_k=launch.block_k,
         begin=0, stop=in_features // launch.block_k, interpret=interpret,
     )  # fmt: skip
-    store_rows(out_ref, row, row < num_rows, first + column, result)
+    begin = 0
+    for width, out_ref in zip(widths, out_refs, strict=True):  # a tile may have columns of several
+        own = width // SLABS
+        to, its = part * own - begin + column, None
+        if len(widths) > 1:
+            its = (column >= begin) & (column < begin + own)
+            to = jnp.where(its, to, width) if interpret else to  # the interpreter masks by writing out of range
+        store_rows(out_ref, row, row < num_rows, to, result, its=its)
+        begin += own

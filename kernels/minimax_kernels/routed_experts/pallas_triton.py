@@ -1,4 +1,4 @@
-"""Routed experts in three launches: [gate | up] with its activation, down, and the weighted sum; one more sorts.
+"""Routed experts in three launches: [gate | up] with its activation, down, and the weighted sum; one or two more sort.
 
 Nothing is padded to the number of experts and no row is copied: the first product gathers its rows, programs find
 their expert by themselves, experts without tokens are not read, and pairs of experts elsewhere are never computed.
@@ -18,6 +18,7 @@ from minimax_kernels.matmul_launches import group_launch, largest_divisor
 from minimax_kernels.mxfp8 import Mxfp8
 from minimax_kernels.routed_experts.combine import combine_rows
 from minimax_kernels.routed_experts.sort_few import can_sort_few, sort_few_pairs
+from minimax_kernels.routed_experts.sort_many import can_sort_many, sort_many_pairs
 from minimax_kernels.routed_experts.sorting import sort_pairs
 from minimax_kernels.swiglu import Swiglu
 from minimax_kernels.triton_support import require_weight
@@ -45,6 +46,8 @@ def routed_experts(
     num_rows = expert_ids.size
     if can_sort_few(num_rows, local):
         pairs = sort_few_pairs(expert_ids, local, interpret=interpret)
+    elif can_sort_many(num_rows, local):
+        pairs = sort_many_pairs(expert_ids, local, interpret=interpret)
     else:
         pairs = sort_pairs(expert_ids, local)
     rows_here = num_rows if num_experts is None else min(max(num_rows * local // num_experts, 1), num_rows)
