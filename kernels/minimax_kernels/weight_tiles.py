@@ -95,6 +95,7 @@ def multiply_tile(
     block_k: int,
     begin: jax.Array | int,
     stop: jax.Array | int,
+    rows_first: bool = False,
     interpret: bool,
 ) -> jax.Array:
     """float32 [num_rows, len(columns)] products with these columns, over a range of inputs.
@@ -136,8 +137,8 @@ def multiply_tile(
         following = scales(i + 1)
         w = dequantize_tile(tile, scale, interleaved=interleaved_inputs(weight.in_features), interpret=interpret)
         x = rows_at(i * block_k)
-        return total + product(w, x, (1, 1)), following
+        return total + (product(x, w, (1, 1)) if rows_first else product(w, x, (1, 1))), following
 
-    empty = jnp.zeros((columns.shape[0], num_rows), jnp.float32)
-    total, _ = lax.fori_loop(begin, stop, add_dequantized, (empty, scales(jnp.int32(begin))))
-    return total.T
+    shape = (num_rows, columns.shape[0]) if rows_first else (columns.shape[0], num_rows)
+    total, _ = lax.fori_loop(begin, stop, add_dequantized, (jnp.zeros(shape, jnp.float32), scales(jnp.int32(begin))))
+    return total if rows_first else total.T

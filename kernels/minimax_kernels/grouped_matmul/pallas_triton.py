@@ -2,9 +2,7 @@
 
 A program takes up to block_m rows of one group, so a group without rows costs nothing and no row is padded in memory.
 The weight's tile is read once for all of them; MXFP8 becomes bfloat16 in registers. Columns are the grid's fast axis:
-tiles of one expert run soon after each other, while its weight is in the second-level cache. Where tiles are large, a
-second launch has those that are at most half full, the last of many a group, with half of the rows: in one kernel for
-both, ptxas would wait for each matrix instruction.
+tiles of one expert run soon after each other, while its weight is in the second-level cache.
 """
 
 from __future__ import annotations
@@ -22,12 +20,11 @@ from minimax_kernels.group_tiles import locate_group, num_group_tiles
 from minimax_kernels.matmul_launches import MatmulLaunch, group_launch, largest_divisor
 from minimax_kernels.mxfp8 import Mxfp8
 from minimax_kernels.swiglu import Swiglu, paired_columns
-from minimax_kernels.triton_call import Launch, ceil_div, triton_call
+from minimax_kernels.triton_call import ceil_div, triton_call
 from minimax_kernels.triton_support import require_weight
 from minimax_kernels.weight_tiles import Weight, WeightTiles, multiply_tile, store_rows, weight_refs
 
 LEAST_HALF_TILE = 64  # rows; smaller tiles are bound by reading the weight, not by arithmetic
-HALF_TILE = Launch(num_warps=4, num_stages=4)
 
 
 def grouped_matmul(
@@ -73,37 +70,28 @@ def multiply_groups(
     shape = (num_rows, out_features)
     assert num_rows > 0
     tiles = num_group_tiles(num_rows, num_groups, launch.block_m, rest=zero_rest)
-    args = [x, *weight_refs(w), group_sizes, *([] if source is None else [source])]
-
-    def multiply(size: int, written: list[jax.Array]) -> jax.Array:
-        """Tiles of block_m rows that `size`, half or all of them, suits best; into what others have written."""
-        return triton_call(
-            functools.partial(
-                _group_kernel, quantized=isinstance(w, Mxfp8), gather=source is not None, activation=activation,
-                zero_rest=zero_rest and size == launch.block_m, launch=launch, size=size, halves=halves,
-                num_rows=num_rows, steps=in_features // launch.block_k, interpret=interpret,
-            ),
-            [*args, *written],
-            jax.ShapeDtypeStruct((launch.splits, *shape), jnp.float32)
-            if launch.splits > 1
-            else jax.ShapeDtypeStruct(shape, x.dtype),
-            grid=(out_features // launch.block_n, tiles, launch.splits),
-            launch=launch.launch if size == launch.block_m else HALF_TILE,
-            name="grouped_matmul_swiglu" if joined else "grouped_matmul",
-            interpret=interpret,
-            aliases={len(args): 0} if written else {},
-        )  # fmt: skip
-
-    halves = launch.block_m // 2 >= LEAST_HALF_TILE
-    result = multiply(launch.block_m, [])
-    return multiply(launch.block_m // 2, [result]) if halves else result
+    return triton_call(
+        functools.partial(
+            _group_kernel, quantized=isinstance(w, Mxfp8), gather=source is not None, activation=activation,
+            zero_rest=zero_rest, launch=launch, num_rows=num_rows,
+            steps=in_features // launch.block_k, interpret=interpret,
+        ),
+        [x, *weight_refs(w), group_sizes, *([] if source is None else [source])],
+        jax.ShapeDtypeStruct((launch.splits, *shape), jnp.float32)
+        if launch.splits > 1
+        else jax.ShapeDtypeStruct(shape, x.dtype),
+        grid=(out_features // launch.block_n, tiles, launch.splits),
+        launch=launch.launch,
+        name="grouped_matmul_swiglu" if joined else "grouped_matmul",
+        interpret=interpret,
+    )  # fmt: skip
 
 
 def _group_kernel(
     x_ref: Any, *refs: Any, quantized: bool, gather: bool, activation: Swiglu | None, zero_rest: bool,
-    launch: MatmulLaunch, size: int, halves: bool, num_rows: int, steps: int, interpret: bool,
+    launch: MatmulLaunch, num_rows: int, steps: int, interpret: bool,
 ) -> None:  # fmt: skip
-    weight, (sizes_ref, *others, out_ref) = refs[: 1 + quantized], refs[1 + quantized :]
+    weight, (sizes_ref, *sources, out_ref) = refs[: 1 + quantized], refs[1 + quantized :]
     num_groups = weight[0].shape[0]
     column, split = pl.program_id(0) * launch.block_n, pl.program_id(2)
     per_split = ceil_div(steps, launch.splits)
@@ -121,10 +109,10 @@ def _group_kernel(
         columns = column + jnp.arange(launch.block_n, dtype=jnp.int32)
         store_rows(out_ref, row, live, columns, result, (split,) if launch.splits > 1 else ())
 
-    def multiply() -> None:
+    def multiply(size: int) -> None:
         row, live = rows_of(size)
         at = jnp.where(live, row, tile.first_row)
-        at = others[0][at] if gather else at
+        at = sources[0][at] if gather else at
         inputs = jnp.arange(launch.block_k, dtype=jnp.int32)
         there = jnp.broadcast_to(live[:, None], (size, launch.block_k))  # rows that are not there take no traffic
         if activation is None:
@@ -136,15 +124,20 @@ def _group_kernel(
             WeightTiles(weight, tile.group),
             columns,
             num_rows=size, block_k=launch.block_k, begin=split * per_split,
-            stop=jnp.minimum((split + 1) * per_split, steps), interpret=interpret,
+            stop=jnp.minimum((split + 1) * per_split, steps), rows_first=size < launch.block_m, interpret=interpret,
         )  # fmt: skip
         if activation is None:
             store(total)
         else:  # of what the product alone would have given, in the type of the rows
             store(activation.of_tile(total.astype(x_ref.dtype)))
 
-    least = launch.block_m // 2 if halves and size == launch.block_m else 0
-    pl.when((tile.num_rows > least) & (tile.num_rows <= size) & (tile.group < num_groups))(multiply)
+    in_group = (tile.num_rows > 0) & (tile.group < num_groups)
+    half = launch.block_m // 2
+    if half >= LEAST_HALF_TILE:  # the last tile of a group is half empty on average
+        pl.when(in_group & (tile.num_rows > half))(functools.partial(multiply, launch.block_m))
+        pl.when(in_group & (tile.num_rows <= half))(functools.partial(multiply, half))
+    else:
+        pl.when(in_group)(functools.partial(multiply, launch.block_m))
     if zero_rest:
         zeros = jnp.zeros((launch.block_m, launch.block_n), jnp.float32)
         pl.when((tile.num_rows > 0) & (tile.group == num_groups))(functools.partial(store, zeros))
