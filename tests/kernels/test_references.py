@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import minimax_kernels as mk
 from minimax_kernels.batch import query_tiles, tile_size
 from minimax_kernels.grouped_matmul import reference as grouped_reference
-from minimax_kernels.mxfp8 import dequantize
+from minimax_kernels.mxfp8 import dequantize, interleave, interleaved_inputs, straighten
 
 EXAMPLES = settings(max_examples=30)
 T, PAGES, HEADS, BLOCK, DIM = 9, 4, 2, 16, 8
@@ -218,6 +218,19 @@ def test_mxfp8_dequantisation_of_every_byte():
             np.testing.assert_array_equal(result, exact)
     w = mk.Mxfp8(jnp.asarray(matrix), jnp.asarray(scales))
     assert w.shape == (32, 256) and w.ndim == 2
+
+
+@pytest.mark.parametrize(("inputs", "block"), [(32, 32), (96, 32), (64, 64), (192, 64)])
+def test_inputs_of_mxfp8_lie_in_the_order_of_registers(inputs, block):
+    """A thread's of each 16 are 2 t, 2 t + 1, 2 t + 8, 2 t + 9, and all it has of a block are next to each other."""
+    assert interleaved_inputs(inputs) == block
+    rows = np.arange(3 * inputs).reshape(3, inputs)
+    threads = interleave(rows).reshape(3, inputs // block, 4, block // 16, 4)
+    for t in range(4):
+        expected = rows.reshape(3, inputs // block, block // 16, 16)[..., [2 * t, 2 * t + 1, 2 * t + 8, 2 * t + 9]]
+        np.testing.assert_array_equal(threads[:, :, t], expected)
+    np.testing.assert_array_equal(straighten(interleave(rows)), rows)
+    np.testing.assert_array_equal(straighten(jnp.asarray(interleave(rows))), rows)
 
 
 def test_nan_scores_are_selected_and_leave_the_forced_blocks():
