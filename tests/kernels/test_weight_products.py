@@ -112,9 +112,9 @@ def test_routed_experts_below_cover_split_inputs_and_joined_halves():
 def test_very_many_rows_take_wide_weights_by_halves_and_the_others_at_once(narrow, together):
     random = np.random.default_rng(3)
     x = rows_of(random, SLAB_ROWS + 5, 64)
-    weights, wide = zip(*(weight(random, 64, columns) for columns in (narrow[0], 512, *narrow[1:])), strict=True)
-    assert [takes_slabs([w], len(x)) for w in weights] == [w.shape[1] == 512 for w in weights]
-    assert takes_slabs([w for w in weights if w.shape[1] < 512], len(x)) == together
+    weights, wide = zip(*(weight(random, 64, columns) for columns in (narrow[0], 768, *narrow[1:])), strict=True)
+    assert [takes_slabs([w], len(x)) for w in weights] == [w.shape[1] == 768 for w in weights]
+    assert takes_slabs([w for w in weights if w.shape[1] < 768], len(x)) == together
     for found, own in zip(jitted("matmul", dtype=jnp.float32)(x, weights), wide, strict=True):
         expected = np.asarray(x, np.float64) @ own
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
