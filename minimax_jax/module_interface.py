@@ -32,7 +32,7 @@ class ModuleInterface:
     def state(self) -> dict[str, Any]:
         """Weights by dotted name, matrices [in, out]; of a parallel model copies on the host, as NumPy arrays.
 
-        Weights in 8 bits are `Mxfp8`.
+        Weights in 8 bits are `Mxfp8`, whose inputs are in an order of their own; `state_dict` has a checkpoint's.
         """
         if (ranks := self.ranks) is not None:
             return {name: ranks.whole(name, leaf) for name, leaf in zip(self._names, self._leaves, strict=True)}

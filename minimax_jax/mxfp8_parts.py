@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, UInt
 
@@ -25,15 +26,24 @@ def for_kernels(values: Float[Array, "*E N K"], scales: UInt[Array, "*E N K/32"]
     return Mxfp8(*_on_parts(_prepared, values.sharding, scales.sharding)(values, scales))
 
 
-def values_in_rows(weight: Mxfp8) -> Float[Array, "*E N K"]:
-    """The values with inputs in their own order."""
-    return _on_parts(straighten, weight.values.sharding)(weight.values)
+def values_in_rows(weight: Mxfp8) -> Any:
+    """The values with inputs in their own order, as checkpoints have them; of JAX, where they lie, or of NumPy."""
+    values: Any = weight.values
+    return straighten(values) if isinstance(values, np.ndarray) else _on_parts(straighten, values.sharding)(values)
+
+
+def marked_scales(codes: Any, scales: Any) -> Any:
+    """The scales, 255 (NaN) for blocks that hold a NaN; of JAX or NumPy.
+
+    Args:
+      codes: [..., N, K] uint8, the values' bytes with inputs in their own order.
+    """
+    blocks = ((codes & 0x7F) == 0x7F).reshape(*scales.shape, MXFP8_BLOCK).any(axis=-1)
+    return scales | (blocks.astype(scales.dtype) * scales.dtype.type(255))
 
 
 def _prepared(values: Array, scales: Array) -> tuple[Array, Array]:
-    codes = jax.lax.bitcast_convert_type(values, jnp.uint8)
-    blocks = (codes & 0x7F == 0x7F).reshape(*scales.shape, MXFP8_BLOCK)
-    return interleave(values), jnp.where(blocks.any(axis=-1), jnp.uint8(255), scales)
+    return interleave(values), marked_scales(jax.lax.bitcast_convert_type(values, jnp.uint8), scales)
 
 
 @functools.lru_cache(maxsize=64)

@@ -12,8 +12,8 @@ import numpy as np
 from minimax_jax.checkpoint import STYLES, dequantize_mxfp8, quantize_mxfp8, state_tensors
 from minimax_jax.checkpoint.names import Piece, StateTensor, Style, detect_style
 from minimax_jax.config import MiniMaxM3Config
+from minimax_jax.mxfp8_parts import marked_scales, values_in_rows
 from minimax_kernels import Mxfp8
-from minimax_kernels.mxfp8 import straighten
 
 BUFFERS = ("e_score_correction_bias",)  # what is no parameter in transformers
 
@@ -39,9 +39,10 @@ def named_tensors(state: Mapping[str, Any], config: MiniMaxM3Config, style: str)
     """
     for tensor in state_tensors(config, _style(style)).values():
         whole = state[tensor.name]
+        values = values_in_rows(whole) if isinstance(whole, Mxfp8) else None
         for piece in tensor.pieces:
             if isinstance(whole, Mxfp8):
-                yield piece.name, straighten(_cut(whole.values, piece.values))
+                yield piece.name, _cut(values, piece.values)
                 yield piece.scales.name, _cut(whole.scales, piece.scales)
             else:
                 yield piece.name, _cut(whole, piece)
@@ -93,7 +94,7 @@ def state_from(
 def _assembled(tensor: StateTensor, given: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
     whole = jax.tree.map(np.array, state[tensor.name])
     if isinstance(whole, Mxfp8):
-        whole = Mxfp8(straighten(whole.values), whole.scales)
+        whole = Mxfp8(values_in_rows(whole), whole.scales)
     for piece in tensor.pieces:
         if piece.name not in given:
             continue
@@ -106,7 +107,9 @@ def _assembled(tensor: StateTensor, given: Mapping[str, Any], state: Mapping[str
             _cut(whole.scales, piece.scales)[:] = scales
         else:
             _cut(whole, piece)[:] = part if scales is None else dequantize_mxfp8(part, scales)
-    return Mxfp8.from_rows(whole.values, whole.scales) if isinstance(whole, Mxfp8) else whole
+    if isinstance(whole, Mxfp8):
+        return Mxfp8.from_rows(whole.values, marked_scales(whole.values.view(np.uint8), whole.scales))
+    return whole
 
 
 def _cut(whole: Any, piece: Piece) -> Any:

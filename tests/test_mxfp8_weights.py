@@ -5,17 +5,20 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from minimax_jax import LLM, MiniMaxM3Config, MiniMaxM3ForCausalLM, SamplingParams
 from minimax_jax.checkpoint import STYLES, CheckpointFiles, dequantize_mxfp8, save_state, state_tensors
 from minimax_jax.checkpoint.quantize import quantize_checkpoint
 from minimax_jax.loss import causal_lm_loss
+from minimax_jax.mxfp8_parts import for_kernels, values_in_rows
 from minimax_jax.parallel import ParallelConfig, ParallelError
 from minimax_kernels import Mxfp8
-from minimax_kernels.mxfp8 import straighten
+from minimax_kernels.mxfp8 import interleave, straighten
 
 HELD_OUT = Path(__file__).parent / "data" / "held_out.txt"
 PROMPT = list(range(3, 43))
@@ -134,6 +137,31 @@ def test_ranks_hold_their_part(small, kept, spread, expert):
     down = leaves["layers.1.mlp.experts.down_proj"]
     parts = [{shard.data.shape for shard in leaf.addressable_shards} for leaf in (down.values, down.scales)]
     assert parts == ([{(2, 64, 64)}, {(2, 64, 2)}] if expert == 2 else [{(4, 64, 32)}, {(4, 64, 1)}])
+
+
+def test_parts_of_other_blocks_than_the_whole_are_read_back_right():
+    """96 inputs a device are in blocks of 32, the 192 of the whole would be in blocks of 64; a NaN marks its block."""
+    random = np.random.default_rng(0)
+    values = (random.standard_normal((4, 192)) * 30).astype(ml_dtypes.float8_e4m3fn)
+    values.view(np.uint8)[1, 40] = 0xFF
+    scales = random.integers(115, 125, (4, 6)).astype(np.uint8)
+    split = NamedSharding(Mesh(jax.devices()[:2], "x"), PartitionSpec(None, "x"))
+    weight = for_kernels(jax.device_put(values, split), jax.device_put(scales, split))
+    np.testing.assert_array_equal(np.asarray(values_in_rows(weight)).view(np.uint8), values.view(np.uint8))
+    for shard, own in zip(weight.values.addressable_shards, np.split(values, 2, axis=1), strict=True):
+        np.testing.assert_array_equal(np.asarray(shard.data).view(np.uint8), interleave(own).view(np.uint8))
+    scales[1, 1] = 255
+    np.testing.assert_array_equal(weight.scales, scales)
+
+
+def test_a_nan_that_load_state_dict_is_given_marks_its_block(small):
+    model = MiniMaxM3ForCausalLM.from_pretrained(small)
+    given = {name: np.array(array) for name, array in model.state_dict(style="vendor").items()}
+    name = next(name for name in given if name.endswith("layers.0.self_attn.o_proj.weight"))
+    given[name].view(np.uint8)[5, 70] = 0xFF
+    model.load_state_dict(given)
+    leaf = model.state()["layers.0.self_attn.o_proj"]
+    assert np.asarray(leaf.scales)[5].tolist().count(255) == 1 and leaf.scales[5, 2] == 255
 
 
 def test_ranks_do_not_share_a_block(tmp_path):

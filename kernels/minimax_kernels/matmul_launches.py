@@ -22,7 +22,7 @@ class MatmulLaunch:
     Attributes:
       block_m: rows of a program, a power of two.
       block_n: columns of a program, a power of two that divides the weight's.
-      block_k: inputs of a step, a multiple of 32 that divides the weight's.
+      block_k: inputs of a step, a multiple of `interleaved_inputs` (64, or 32) that divides the weight's.
       splits: programs that share the inputs of one tile; their partial sums are added up afterwards.
     """
 

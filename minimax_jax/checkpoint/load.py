@@ -154,7 +154,8 @@ def load_state(
 ) -> dict[str, jax.Array | Mxfp8]:
     """The text model's state, on a device, under the model's own names.
 
-    Streams: beside what is already on the device, the host holds one state tensor and a few megabytes. If it
+    Streams: beside what is already on the device, the host holds one state tensor and a few megabytes; the device, while
+    a tensor in 8 bits gets its order of inputs, two copies of it. If it
     fails or is interrupted, what had been loaded is freed before the exception leaves.
 
     Args:

@@ -198,7 +198,7 @@ def _file_tensors(
     state: Mapping[str, Any], tensors: dict[str, StateTensor], kept: list[str], dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(name, tensor) as files have them; MXFP8 ones that are not `kept` are multiplied out to `dtype`."""
-    from minimax_kernels.mxfp8 import straighten
+    from minimax_jax.mxfp8_parts import values_in_rows
 
     for tensor in tensors.values():
         leaf = state[tensor.name]
@@ -207,7 +207,7 @@ def _file_tensors(
             for piece in tensor.pieces:
                 yield piece.name, _cut(whole, piece)
             continue
-        values, scales = straighten(_to_host(leaf.values)), _to_host(leaf.scales)
+        values, scales = _to_host(values_in_rows(leaf)), _to_host(leaf.scales)
         for piece in tensor.pieces:
             parts = _cut(values, piece.values), _cut(scales, piece.scales)
             if tensor.name in kept:

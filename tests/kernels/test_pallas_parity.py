@@ -27,6 +27,7 @@ from op_checks import (
 
 import minimax_kernels as mk
 from minimax_kernels.launch_table import MOST_RANKED_BLOCKS, SELECT_CHUNK, PageLaunch
+from minimax_kernels.sparse_attention.by_page import sort_pairs
 from minimax_kernels.sparse_attention.pallas_triton import sparse_attention
 from minimax_kernels.triton_call import Launch
 
@@ -95,6 +96,21 @@ def by_page(name: str):
 def test_sparse_attention_page_by_page(name, options, data):
     """The kernel of long prefills, which small batches would not reach: runs that cross programs, windows, chunks."""
     check_sparse_attention(data.draw(samples(SHAPES[name])), data.draw(st.integers(0, 1000)), run=by_page(options))
+
+
+@pytest.mark.parametrize(("blocks", "dtype"), [(65535, np.uint16), (65536, np.int32)])
+def test_pairs_of_pages_are_sorted_by_as_few_bits_as_suffice(blocks, dtype):
+    random = np.random.default_rng(0)
+    selected = random.integers(-1, blocks, (1, 9, 5)).astype(np.int32)
+    selected[0, :, 0], live = blocks - 1, np.arange(9) != 4
+    keys, pairs = sort_pairs(
+        jnp.asarray(selected), jnp.zeros(9, jnp.int32), jnp.asarray(live), num_requests=1, num_blocks=blocks, window=16
+    )
+    expected = np.where((selected >= 0) & live[None, :, None], selected, np.iinfo(dtype).max).reshape(-1)
+    order = np.argsort(expected, kind="stable")
+    assert keys.dtype == dtype
+    np.testing.assert_array_equal(keys, expected[order])
+    np.testing.assert_array_equal(pairs, order)
 
 
 def test_dense_attention_of_head_counts_that_are_no_power_of_two():

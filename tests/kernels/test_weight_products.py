@@ -108,6 +108,19 @@ def test_routed_experts_below_cover_split_inputs_and_joined_halves():
     assert [launch.splits > 1 for launch in launches] == [True, False, False]
 
 
+def test_very_many_rows_and_narrow_weights_or_arrays_beside_a_wide_one():
+    random = np.random.default_rng(4)
+    x = rows_of(random, SLAB_ROWS, 64)
+    narrow = [weight(random, 64, columns) for columns in (128, 256, 128)]
+    mixed = [weight(random, 64, 512), weight(random, 64, 128, quantised=False)]
+    for weights in (narrow, mixed):
+        for found, (_, own) in zip(
+            jitted("matmul", dtype=jnp.float32)(x, [w for w, _ in weights]), weights, strict=True
+        ):
+            expected = np.asarray(x, np.float64) @ own
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize(("narrow", "together"), [((128, 64), False), ((128, 256, 128), True)])
 def test_very_many_rows_take_wide_weights_by_halves_and_the_others_at_once(narrow, together):
     random = np.random.default_rng(3)

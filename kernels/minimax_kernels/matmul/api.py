@@ -46,7 +46,7 @@ def matmul(
     """x @ w, accumulated in float32; the results have `dtype`, by default x's.
 
     An `Mxfp8` weight counts as its values times its scales, rounded to x's type. `pallas_triton` reads its 8 bits and
-    dequantises in registers, or with thousands of rows half of a wide one's columns at a time. Several weights that
+    dequantises in registers, or with thousands of rows about half of the columns at a time. Several weights that
     share x are one launch; of arrays those with few rows, all others are left to XLA.
 
     Args:

@@ -21,6 +21,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from minimax_kernels.matmul import reference
 from minimax_kernels.matmul.slabs import multiply_by_slabs, takes_slabs
 from minimax_kernels.matmul.sum_splits import sum_splits
 from minimax_kernels.matmul_launches import FEW_ROWS, MatmulLaunch, largest_divisor, matmul_launch
@@ -45,7 +46,8 @@ def matmul(
         raise NotImplementedError("pallas_triton: one array, or arrays and many rows, which XLA multiplies best")
     for weight in weights:
         require_weight(x, weight, interpret=interpret)
-    if launch is None and any(wide := [takes_slabs([weight], len(x)) for weight in weights]):
+    wide = [takes_slabs([weight], len(x)) for weight in weights]
+    if launch is None and (any(wide) or takes_slabs(weights, len(x))):
         products = _some_by_slabs(x, weights, wide, dtype, interpret)
         return products if activation is None else tuple(map(activation.halves, products))
     if x.shape[0] == 0:
@@ -107,6 +109,8 @@ def _some_by_slabs(
     rest = [weight for weight, alone in zip(weights, wide, strict=True) if not alone]
     if takes_slabs(rest, len(x)):
         others = iter(multiply_by_slabs(x, rest, **options))
+    elif left_to_xla(x, rest):
+        others = iter(reference.matmul(x, rest, dtype=dtype))
     else:
         others = iter(matmul(x, rest, **options) if rest else ())
     return tuple(

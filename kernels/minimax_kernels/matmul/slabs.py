@@ -1,7 +1,7 @@
 """Very many rows times MXFP8 weights, about half of their columns at a time.
 
 With thousands of rows the conversion inside the product, which every tile of rows repeats, costs as much of the time as
-the matrix units. Here XLA converts half of the columns once, and the product reads bfloat16. The slabs use the same
+the matrix units. Here XLA converts some of the columns once, and the product reads bfloat16. The slabs use the same
 memory one after the other, so that at no time all of a quantised weight exists in floats. Narrow weights, as those of
 keys and values are, go together: one slab has half of the columns of each.
 """
