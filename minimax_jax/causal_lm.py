@@ -216,6 +216,7 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
         position_ids: Any = None,
         past_key_values: PastKeyValues | None = None,
         *,
+        cache: PastKeyValues | None = None,
         labels: Any = None,
         use_cache: bool | None = None,
         output_hidden_states: bool = False,
@@ -230,6 +231,7 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
           attention_mask: of the same shape, 0 on padding; or [R, S + L], with the columns of the context first.
           position_ids: of the same shape, for the rotary embedding; None counts each row's tokens.
           past_key_values: the context that the ids continue, from an earlier call; it is extended in place.
+          cache: transformers' newer name for the same.
           labels: of the same shape, ids or -100, for `.loss`: each token's logits against the next label; padding does
             not count.
           use_cache: whether to keep the context (`.past_key_values`); None: if one was given.
@@ -241,7 +243,9 @@ class MiniMaxM3ForCausalLM(ModuleInterface):
         Raises:
           ValueError: for an empty or too long prompt, ids outside the vocabulary, and arguments that do not fit.
         """
-        past = past_key_values
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values: give one of them")
+        past = past_key_values if cache is None else cache
         if past is not None:
             self._check_past(past, use_cache)
         mask = new_columns(attention_mask, input_ids, past)

@@ -121,11 +121,15 @@ class ModuleInterface:
         """The tensors of `named_buffers`."""
         return (tensor for _, tensor in self.named_buffers())
 
-    def get_memory_footprint(self) -> int:
-        """Bytes of weights and buffers, of all devices together."""
-        return sum(array.nbytes for array in jax.tree.leaves(self._leaves))
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of weights and, if `return_buffers`, of buffers (MXFP8's scales too), of all devices together."""
+        if return_buffers:
+            return sum(array.nbytes for array in jax.tree.leaves(self._leaves))
+        leaves = [leaf for name, leaf in zip(self._names, self._leaves, strict=True) if not name.endswith(BUFFERS)]
+        return sum((leaf.values if isinstance(leaf, Mxfp8) else leaf).nbytes for leaf in leaves)
 
-    def can_generate(self) -> bool:
+    @classmethod
+    def can_generate(cls) -> bool:
         """True."""
         return True
 
@@ -147,13 +151,14 @@ class ModuleInterface:
         """The same model, for `requires_grad` False; raises as `train`."""
         return self.train(requires_grad)
 
-    def to(self, *targets: Any, dtype: Any = None, device: Any = None) -> Self:
+    def to(self, *targets: Any, dtype: Any = None, device: Any = None, non_blocking: bool = False) -> Self:
         """Casts or moves the weights, in place as torch's modules do; the routers stay float32, 8 bits stay 8 bits.
 
         Args:
           targets: a dtype, a device, or one of each, in any order.
           dtype: "bfloat16" or "float32", by name or as torch's, NumPy's or JAX's type.
-          device: JAX's or torch's, or a name: "cpu", "cuda", "cuda:1".
+          device: JAX's or torch's, a name ("cpu", "cuda", "cuda:1"), or the number of a CUDA device.
+          non_blocking: changes nothing, as JAX never waits for a copy.
 
         Returns:
           The same model.
@@ -162,7 +167,7 @@ class ModuleInterface:
           ValueError: for another dtype, a device that is not there, or a device for a parallel model.
         """
         for target in targets:
-            if isinstance(target, jax.Device) or str(target).partition(":")[0] in ("cpu", "cuda", "gpu", "tpu"):
+            if isinstance(target, (jax.Device, int)) or str(target).partition(":")[0] in ("cpu", "cuda", "gpu", "tpu"):
                 device = target
             else:
                 dtype = target
@@ -193,7 +198,7 @@ class ModuleInterface:
 
     def cuda(self, device: Any = None) -> Self:
         """`to` a CUDA device, by number or as `to` takes it; the first one if None."""
-        return self.to(f"cuda:{device or 0}" if device is None or isinstance(device, int) else device)
+        return self.to(0 if device is None else device)
 
     def _given_out(self, array: Any) -> Any:
         """A weight as `state_dict` and `parameters` give it."""
@@ -217,13 +222,15 @@ def dtype_name(dtype: Any) -> str:
 
 
 def find_device(device: Any) -> jax.Device | jax.sharding.Sharding:
-    """A JAX device from JAX's own, from torch's, or from a name such as "cpu", "cuda" and "cuda:1".
+    """A JAX device from JAX's own, torch's, a name such as "cpu", "cuda" and "cuda:1", or a CUDA device's number.
 
     Raises:
       ValueError: if there is none.
     """
     if isinstance(device, (jax.Device, jax.sharding.Sharding)):
         return device
+    if isinstance(device, int):
+        device = f"cuda:{device}"
     kind, _, number = str(device).partition(":")
     try:
         return jax.devices(kind)[int(number or 0)]

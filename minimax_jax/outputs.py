@@ -31,6 +31,11 @@ class CausalLMOutput:
     hidden_states: tuple[Any, ...] | None = None
     router_logits: tuple[Any, ...] | None = None
 
+    @property
+    def cache(self) -> PastKeyValues | None:
+        """`past_key_values` by transformers' newer name, which is a key too."""
+        return self.past_key_values
+
     def keys(self) -> tuple[str, ...]:
         """Names of what is there, in transformers' order."""
         return tuple(name for name in _ORDER if getattr(self, name) is not None)
@@ -42,12 +47,12 @@ class CausalLMOutput:
     def __getitem__(self, key: str | int | slice) -> Any:
         if not isinstance(key, str):
             return self.to_tuple()[key]
-        if key not in self.keys():
+        if key not in self:
             raise KeyError(f"{key!r}: must be one of {', '.join(map(repr, self.keys()))}")
         return getattr(self, key)
 
     def __contains__(self, key: object) -> bool:
-        return key in self.keys()
+        return ("past_key_values" if key == "cache" else key) in self.keys()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys())

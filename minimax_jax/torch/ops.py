@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import minimax_kernels
-from minimax_jax.torch.tensors import CACHES, FLOATS, INTEGERS, check_operand, is_aligned, to_jax, to_torch
+from minimax_jax.torch.tensors import CACHES, FLOATS, INTEGERS, check_operand, is_aligned, saturated, to_jax, to_torch
 from minimax_kernels import Batch, checks
 
 _OPTIONS = ("scale", "topk", "init_blocks", "local_blocks", "impl")
@@ -151,7 +151,7 @@ def _operands(tensors: dict[str, Tensor], batch: Batch) -> list[Tensor]:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    return (tensor.to(torch.int32) if tensor.dtype == torch.int64 else tensor).contiguous()
+    return (saturated(tensor) if tensor.dtype == torch.int64 else tensor).contiguous()
 
 
 def _run(name: str, operands: list[Tensor], out: Tensor | None, **options: Any) -> Tensor:

@@ -18,9 +18,11 @@ _ALIGNMENT = {"cpu": 64, "cuda": 16}
 
 
 def check_operand(name: str, tensor: Any, dtypes: tuple[Any, ...], device: Any = None) -> None:
-    """ValueError unless an operand is a tensor of one of `dtypes`, on `device` (if given), and needs no gradient."""
+    """ValueError unless an operand is a tensor of one of `dtypes`, dense, on `device` (if given), without gradient."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} is {type(tensor).__name__}: must be a torch tensor")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} is {_short(tensor.layout)}: must be a dense tensor")
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name} is {_short(tensor.dtype)}: must be one of {', '.join(map(_short, dtypes))}")
     if device is not None and tensor.device != device:
@@ -38,11 +40,11 @@ def to_jax(tensor: Tensor, name: str = "tensor") -> jax.Array:
 
     Args:
       tensor: contiguous, aligned, float32, bfloat16, float16, float8_e4m3fn, int32 or bool, or int64, which is copied
-        to int32.
+        to int32 (a look at its values waits for the device).
       name: for messages.
 
     Raises:
-      ValueError: for what has no array without a copy: another type, layout or device.
+      ValueError: for what has no array without a copy: another type, layout or device; integers beyond int32.
     """
     check_operand(name, tensor, (*CACHES, *INTEGERS, torch.bool))
     if not tensor.is_contiguous():
@@ -54,7 +56,18 @@ def to_jax(tensor: Tensor, name: str = "tensor") -> jax.Array:
             ".clone() makes a copy"
         )
     given = tensor.detach()
-    return jax.dlpack.from_dlpack(given.to(torch.int32) if given.dtype == torch.int64 else given)
+    if given.dtype == torch.int64:
+        beyond = given[given != saturated(given)]
+        if beyond.numel():
+            raise ValueError(f"{name} holds {int(beyond[0])}: must fit int32, which JAX has for int64")
+        given = saturated(given)
+    return jax.dlpack.from_dlpack(given)
+
+
+def saturated(tensor: Tensor) -> Tensor:
+    """int64 as int32; what is beyond it becomes the nearest int32, not one that happens to fit."""
+    limits = torch.iinfo(torch.int32)
+    return tensor.clamp(limits.min, limits.max).to(torch.int32)
 
 
 def is_aligned(tensor: Tensor) -> bool:

@@ -87,8 +87,9 @@ def test_turns_equal_one_pass_and_transformers(pair, inputs):
         torch.testing.assert_close(whole, theirs(ids).logits, atol=TOLERANCE, rtol=0)
     past, parts, at = None, [], 0
     for turn in (40, 1, 1, 24, 24):  # over the edges of blocks of 16 tokens; the pool grows on the way
-        out = ours(ids[:, at : at + turn], past_key_values=past, use_cache=True)
-        past, at = out.past_key_values, at + turn
+        name = "cache" if at % 2 else "past_key_values"  # transformers' newer name, and the one that it had before
+        out = ours(ids[:, at : at + turn], **{name: past}, use_cache=True)
+        past, at = out[name], at + turn
         assert past.get_seq_length() == at
         parts.append(out.logits)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-5, rtol=0)
@@ -189,10 +190,12 @@ def test_results_by_name_key_and_place(pair, inputs):
     out = ours(**start, use_cache=True)
     assert isinstance(out, CausalLMOutput) and list(out) == ["loss", "logits", "past_key_values"]
     assert out[0] is out.loss is out["loss"] and out[1:] == (out.logits, out.past_key_values) and len(out) == 3
+    assert out.cache is out["cache"] is out.past_key_values and "cache" in out
     assert "hidden_states" not in out and out.hidden_states is None and out.aux_loss is None
     with pytest.raises(KeyError, match="'attentions': must be one of 'loss', 'logits'"):
         out["attentions"]
-    assert ours(**inputs).past_key_values is None
+    without = ours(**inputs)
+    assert without.past_key_values is without.cache is None and "cache" not in without
     values = ours.forward(**inputs, return_dict=False)
     assert isinstance(values, tuple) and len(values) == 2
 
@@ -280,6 +283,7 @@ def test_contexts_that_do_not_fit_are_named_and_unharmed(pair):
     for arguments, message in (
         ({"input_ids": [[1], [2]], "past_key_values": past}, "input_ids has 2 rows: must be 1, as past_key_values"),
         ({"input_ids": [[1]], "past_key_values": other}, "past_key_values is of another model"),
+        ({"input_ids": [[1]], "past_key_values": past, "cache": past}, "cache and past_key_values: give one of them"),
         ({"input_ids": [[1]], "past_key_values": past, "use_cache": False}, "use_cache = False"),
         ({"input_ids": [[1] * 254], "past_key_values": past}, "input_ids ends at 257 tokens .* = 256 fit"),
         ({"input_ids": [[1]], "attention_mask": [[0, 1, 1, 1]], "past_key_values": past}, "differs in its first 3"),

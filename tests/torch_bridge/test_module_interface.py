@@ -1,6 +1,11 @@
 """Weights, dtypes and devices as torch's users handle them, and generate with transformers' arguments."""
 
+import functools
+import inspect
+import re
+import shutil
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +20,9 @@ import minimax_jax  # noqa: E402
 import minimax_jax.torch as bridge  # noqa: E402
 from minimax_jax import GenerationConfig  # noqa: E402
 from minimax_jax.generation_arguments import generation_options  # noqa: E402
+from minimax_jax.paths import model_directory  # noqa: E402
+
+DOCS = Path(__file__).parents[2] / "docs" / "torch.md"
 
 CONFIG = pair_config(layers=2, max_position_embeddings=256)
 IDS = torch.randint(1, 96, (2, 20), generator=torch.Generator().manual_seed(2))
@@ -48,6 +56,9 @@ def test_state_dict_is_transformers(theirs, ours):
     assert sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
     assert ours.num_parameters() == sum(tensor.numel() for tensor in (*ours.parameters(), *ours.buffers()))
     assert ours.get_memory_footprint() == sum(tensor.nbytes for tensor in state.values())
+    weights_alone = sum(tensor.nbytes for tensor in ours.parameters())
+    assert ours.get_memory_footprint(return_buffers=False) == weights_alone < ours.get_memory_footprint()
+    assert bridge.MiniMaxM3ForCausalLM.can_generate() and ours.can_generate()
     assert theirs.load_state_dict(ours.state_dict()).missing_keys == []
 
 
@@ -126,7 +137,7 @@ def test_modes_dtypes_and_devices(ours):
     assert logits.dtype == torch.float32 and 0 < (logits - expected).abs().mean() < 0.1
     assert model.float().dtype == torch.float32 and model.to("cpu", dtype="bfloat16").dtype == torch.bfloat16
     assert model.bfloat16().cpu().dtype == torch.bfloat16
-    assert model.to(torch.device("cpu")).device.type == "cpu"
+    assert model.to(torch.device("cpu"), non_blocking=True).device.type == "cpu"
     assert model.to("cpu:3")._device == jax.devices("cpu")[3]
     plain = fresh(ours, minimax_jax.MiniMaxM3ForCausalLM)
     assert plain.dtype == jnp.float32 and plain.device == jax.devices("cpu")[0]
@@ -134,6 +145,9 @@ def test_modes_dtypes_and_devices(ours):
         if jax.default_backend() == "cpu":
             with pytest.raises(ValueError, match=r"device = 'cuda:[01]': must be one of JAX's devices \(cpu:0"):
                 model.cuda(device)
+            if isinstance(device, int):
+                with pytest.raises(ValueError, match="device = 'cuda:1': must be one of JAX's devices"):
+                    model.to(device)
     for target, message in (
         (torch.float16, r"dtype = torch.float16: must be 'auto', 'bfloat16' or 'float32'"),
         ("tpu", "device = 'tpu': must be one of JAX's devices"),
@@ -147,6 +161,7 @@ def test_modes_dtypes_and_devices(ours):
     ("arguments", "message"),
     [
         ({"device_map": "cuda:7"}, "device = 'cuda:7': must be one of JAX's devices"),
+        ({"device_map": 7}, "device = 'cuda:7': must be one of JAX's devices"),
         ({"device_map": "cpu", "device": "cpu"}, "device and device_map: give one of them"),
         ({"dtype": "float16"}, "dtype = 'float16'"),
     ],
@@ -156,15 +171,34 @@ def test_from_pretrained_names_what_does_not_fit(arguments, message):
         bridge.MiniMaxM3ForCausalLM.from_pretrained("tiny", **arguments)
 
 
-def test_transformers_usage_runs_with_only_the_import_changed(theirs, tmp_path):
-    """The example of transformers' documentation: load, encode, generate with max_length, decode."""
+def run_example(code, **names):
+    """The names that the example's code leaves behind."""
+    exec(code, names)
+    return names
+
+
+def test_transformers_usage_runs_with_only_the_import_changed(tmp_path, monkeypatch):
+    """The example of transformers' documentation for the class, word for word, and the first one of docs/torch.md."""
+    theirs = torch_model(pair_config(layers=2, max_position_embeddings=256, vocab_size=2048))
     theirs.save_pretrained(tmp_path)
-    model = bridge.MiniMaxM3ForCausalLM.from_pretrained(tmp_path, dtype="auto", device_map="auto", progress=False)
-    inputs = transformers.BatchEncoding({"input_ids": IDS[:1], "attention_mask": torch.ones_like(IDS[:1])})
-    inputs = inputs.to(model.device)
-    generate_ids = model.generate(inputs.input_ids, max_length=30)
-    assert torch.equal(generate_ids, theirs.generate(inputs.input_ids, max_length=30, do_sample=False))
-    assert torch.equal(model.generate(**inputs, max_new_tokens=10), generate_ids)
+    loaded_once = functools.cache(bridge.MiniMaxM3ForCausalLM.from_pretrained)  # and compiled once
+    monkeypatch.setattr(bridge.MiniMaxM3ForCausalLM, "from_pretrained", loaded_once)
+    shutil.copy(model_directory("tiny") / "tokenizer.json", tmp_path)
+    lines = [line[4:] for line in inspect.getdoc(type(theirs).forward).splitlines() if line.startswith(">>> ")]
+    example = re.sub(r'(?<=from_pretrained\(")[^"]+', str(tmp_path), "\n".join(lines))
+    assert "AutoTokenizer.from_pretrained" in example and "model.generate(" in example
+    own = "from transformers import AutoTokenizer, MiniMaxM3VLForCausalLM"
+    changed = own.replace(", MiniMaxM3VLForCausalLM", "") + "\n"
+    changed += "from minimax_jax.torch import MiniMaxM3ForCausalLM as MiniMaxM3VLForCausalLM"
+    assert own in example
+    expected = run_example(example)["generate_ids"]
+    found = run_example(example.replace(own, changed))
+    model, inputs = found["model"], found["inputs"]
+    assert isinstance(model, bridge.MiniMaxM3ForCausalLM) and torch.equal(found["generate_ids"], expected)
+    documented = DOCS.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    assert run_example(documented, directory=str(tmp_path))["model"] is model
+    count = expected.shape[1] - inputs.input_ids.shape[1]
+    assert torch.equal(model.generate(**inputs.to(model.device), max_new_tokens=count), expected)
     model.save_pretrained(tmp_path / "again")
     again = transformers.MiniMaxM3VLForCausalLM.from_pretrained(tmp_path / "again")
     assert all(

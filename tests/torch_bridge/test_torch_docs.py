@@ -36,6 +36,16 @@ def test_every_method_and_argument_has_its_place():
         assert not parameters - names_in("|".join(columns)) - {"self", "cls", "args", "kwargs", "model_args"}, method
 
 
+@pytest.mark.skipif(f"transformers {transformers.__version__}" not in TABLES, reason="tables are of another version")
+@pytest.mark.parametrize("kind", ["same", "different"])
+def test_arguments_of_methods_that_are_there_are_served_or_listed(kind):
+    for row in (row for row in rows(f"| {kind}") if len(row) == 2):
+        listed = names_in("|".join(row))
+        for name in (name for name in listed if hasattr(OURS, name) and callable(getattr(THEIRS, name, None))):
+            theirs, ours = (inspect.signature(getattr(model, name)).parameters for model in (THEIRS, OURS))
+            assert not set(theirs) - set(ours) - listed - {"args", "kwargs"}, name
+
+
 def test_what_is_called_the_same_is_there():
     ((_, names),) = (row for row in rows("| same |") if len(row) == 2)
     assert len(names_in(names)) > 10

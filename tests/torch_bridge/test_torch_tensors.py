@@ -35,8 +35,12 @@ def test_results_over_several_devices_are_gathered(dtype):
     assert tensor.dtype == (torch.int64 if dtype == "int32" else getattr(torch, dtype))
 
 
-def test_int64_becomes_int32():
-    assert to_jax(torch.tensor([1, 2])).dtype == jnp.int32
+def test_int64_becomes_int32_or_is_named():
+    assert to_jax(torch.tensor([1, -(2**31)])).tolist() == [1, -(2**31)]
+    assert to_jax(torch.zeros(0, dtype=torch.int64)).dtype == jnp.int32
+    for number in (2**31, -(2**31) - 1):
+        with pytest.raises(ValueError, match=f"x holds {number}: must fit int32"):
+            to_jax(torch.tensor([1, number]), "x")
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -96,6 +100,8 @@ def changed(**changes):
         (changed(idx_q=lambda t: t[:4]), "idx_q has T = 4: must be 9, as in q"),
         (changed(kv_lens=lambda t: t.float()), "batch.kv_lens is float32: must be one of int32, int64"),
         (changed(kv_lens=lambda t: t + 40), "batch.kv_lens has 80 tokens: must be at most 48"),
+        (changed(kv_lens=lambda t: t.long() + 2**32), "batch.kv_lens has 2147483647 tokens: must be at most 48"),
+        (changed(q=lambda t: t.to_sparse()), "q is sparse_coo: must be a dense tensor"),
         (changed(query_starts=lambda t: t[:2]), r"batch.query_starts has R \+ 1 = 2: must be 3"),
         (changed(block_tables=lambda t: t.to("meta")), "batch.block_tables is on meta"),
     ],
