@@ -154,9 +154,9 @@ def load_state(
 ) -> dict[str, jax.Array | Mxfp8]:
     """The text model's state, on a device, under the model's own names.
 
-    Streams: beside what is already on the device, the host holds one state tensor and a few megabytes; the device, while
-    a tensor in 8 bits gets its order of inputs, two copies of it. If it
-    fails or is interrupted, what had been loaded is freed before the exception leaves.
+    Streams: beside what is already on the device, the host holds one state tensor and a few megabytes, and the device
+    two copies of a tensor in 8 bits while its inputs are put in order. If it fails or is interrupted, what had been
+    loaded is freed before the exception leaves.
 
     Args:
       directory, config, dtype: as for `plan_load`.

@@ -114,9 +114,8 @@ def test_very_many_rows_and_narrow_weights_or_arrays_beside_a_wide_one():
     narrow = [weight(random, 64, columns) for columns in (128, 256, 128)]
     mixed = [weight(random, 64, 512), weight(random, 64, 128, quantised=False)]
     for weights in (narrow, mixed):
-        for found, (_, own) in zip(
-            jitted("matmul", dtype=jnp.float32)(x, [w for w, _ in weights]), weights, strict=True
-        ):
+        results = jitted("matmul", dtype=jnp.float32)(x, tuple(w for w, _ in weights))
+        for found, (_, own) in zip(results, weights, strict=True):
             expected = np.asarray(x, np.float64) @ own
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
