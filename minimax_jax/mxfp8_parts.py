@@ -49,8 +49,9 @@ def _prepared(values: Array, scales: Array) -> tuple[Array, Array]:
 @functools.lru_cache(maxsize=64)
 def _on_parts(fn: Callable[..., Any], *shardings: jax.sharding.Sharding) -> Callable[..., Any]:
     """`fn` of arrays that have these shardings, as its results have: each device works on what it holds."""
-    if not all(isinstance(sharding, NamedSharding) for sharding in shardings):
+    named = [sharding for sharding in shardings if isinstance(sharding, NamedSharding)]
+    if len(named) < len(shardings):
         return jax.jit(fn)
-    mesh, specs = shardings[0].mesh, tuple(sharding.spec for sharding in shardings)  # type: ignore[attr-defined]
+    specs = tuple(sharding.spec for sharding in named)
     results = specs if len(specs) > 1 else specs[0]
-    return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=results, check_vma=False))
+    return jax.jit(jax.shard_map(fn, mesh=named[0].mesh, in_specs=specs, out_specs=results, check_vma=False))

@@ -19,7 +19,7 @@ from minimax_kernels import Swiglu
 from minimax_kernels.grouped_matmul import reference as grouped_reference
 from minimax_kernels.grouped_matmul.pallas_triton import multiply_groups
 from minimax_kernels.matmul import pallas_triton, reference
-from minimax_kernels.matmul.slabs import takes_slabs
+from minimax_kernels.matmul.slabs import some_take_slabs
 from minimax_kernels.matmul.sum_splits import sum_splits
 from minimax_kernels.matmul_launches import MatmulLaunch
 
@@ -57,7 +57,7 @@ class CaseRun:
         self.reference: Any
         self.truth: Any
         self.reference, self.truth = reference_and_truth(functools.partial(_expected, case))
-        self.by_slabs = case.kind == "matmul" and any(takes_slabs([weight], case.rows) for weight in self.structs[1:])
+        self.by_slabs = case.kind == "matmul" and some_take_slabs(self.structs[1:], case.rows)
         launches: list[MatmulLaunch | None] = [None] if self.by_slabs else []
         self.launches = [*launches, *candidates(case)][: 1 if quick else None]
 

@@ -132,10 +132,8 @@ class Ranks:
         if quantized:
             self.layout.check_blocks({name: whole.shape})
 
-        def spread(
-            array: np.ndarray | jax.Array, arrange: Callable[[np.ndarray], np.ndarray] = np.asarray
-        ) -> jax.Array:
-            host = arrange(np.asarray(array))
+        def spread(array: np.ndarray | jax.Array) -> jax.Array:
+            host = np.asarray(array)
 
             def read(ranges: tuple[Range, ...]) -> np.ndarray:
                 # a copy, for on a CPU JAX may use the memory that it is given, which the caller may write to
@@ -143,7 +141,9 @@ class Ranks:
 
             return self.assemble(name, host.shape, read, columns_first=quantized)
 
-        return for_kernels(spread(whole.values, straighten), spread(whole.scales)) if quantized else spread(whole)
+        if quantized:
+            return for_kernels(spread(straighten(np.asarray(whole.values))), spread(whole.scales))
+        return spread(whole)
 
     def whole(self, name: str, weight: Any) -> Any:
         """The whole weight on the host; of an `Mxfp8` both arrays."""

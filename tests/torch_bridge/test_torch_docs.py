@@ -15,6 +15,9 @@ TEXT = (Path(__file__).parents[2] / "docs" / "torch.md").read_text(encoding="utf
 TABLES = TEXT[TEXT.index("## The class, method by method") :]
 THEIRS = transformers.MiniMaxM3VLForCausalLM
 OURS = MiniMaxM3ForCausalLM
+OF_THIS_VERSION = pytest.mark.skipif(
+    f"transformers {transformers.__version__}" not in TABLES, reason="tables are of another version"
+)
 
 
 def names_in(text):
@@ -25,7 +28,7 @@ def rows(start):
     return [line.split("|")[1:-1] for line in TABLES.splitlines() if line.startswith("| ") and start in line]
 
 
-@pytest.mark.skipif(f"transformers {transformers.__version__}" not in TABLES, reason="tables are of another version")
+@OF_THIS_VERSION
 def test_every_method_and_argument_has_its_place():
     public = {name for name in dir(THEIRS) if not name.startswith("_")}
     unplaced = public - names_in(TABLES)
@@ -36,7 +39,7 @@ def test_every_method_and_argument_has_its_place():
         assert not parameters - names_in("|".join(columns)) - {"self", "cls", "args", "kwargs", "model_args"}, method
 
 
-@pytest.mark.skipif(f"transformers {transformers.__version__}" not in TABLES, reason="tables are of another version")
+@OF_THIS_VERSION
 @pytest.mark.parametrize("kind", ["same", "different"])
 def test_arguments_of_methods_that_are_there_are_served_or_listed(kind):
     for row in (row for row in rows(f"| {kind}") if len(row) == 2):

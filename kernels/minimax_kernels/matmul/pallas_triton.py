@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from minimax_kernels.matmul import reference
-from minimax_kernels.matmul.slabs import multiply_by_slabs, takes_slabs
+from minimax_kernels.matmul.slabs import multiply_by_slabs, some_take_slabs, takes_slabs
 from minimax_kernels.matmul.sum_splits import sum_splits
 from minimax_kernels.matmul_launches import FEW_ROWS, MatmulLaunch, largest_divisor, matmul_launch
 from minimax_kernels.mxfp8 import Mxfp8
@@ -46,9 +46,8 @@ def matmul(
         raise NotImplementedError("pallas_triton: one array, or arrays and many rows, which XLA multiplies best")
     for weight in weights:
         require_weight(x, weight, interpret=interpret)
-    wide = [takes_slabs([weight], len(x)) for weight in weights]
-    if launch is None and (any(wide) or takes_slabs(weights, len(x))):
-        products = _some_by_slabs(x, weights, wide, dtype, interpret)
+    if launch is None and some_take_slabs(weights, len(x)):
+        products = _some_by_slabs(x, weights, dtype, interpret)
         return products if activation is None else tuple(map(activation.halves, products))
     if x.shape[0] == 0:
         return tuple(jnp.zeros((0, w.shape[1] // (1 if activation is None else 2)), dtype) for w in weights)
@@ -102,17 +101,18 @@ def partial_products(
 
 
 def _some_by_slabs(
-    x: Float[Array, "T K"], weights: Sequence[Weight], wide: Sequence[bool], dtype: DTypeLike, interpret: bool
+    x: Float[Array, "T K"], weights: Sequence[Weight], dtype: DTypeLike, interpret: bool
 ) -> tuple[Float[Array, "T N"], ...]:
     """Each wide weight by slabs of its own, the others together, by slabs or in one launch."""
     options: dict[str, Any] = {"dtype": dtype, "interpret": interpret}
+    wide = [takes_slabs([weight], len(x)) for weight in weights]
     rest = [weight for weight, alone in zip(weights, wide, strict=True) if not alone]
     if takes_slabs(rest, len(x)):
         others = iter(multiply_by_slabs(x, rest, **options))
-    elif left_to_xla(x, rest):
+    elif left_to_xla(x, rest):  # or there is none
         others = iter(reference.matmul(x, rest, dtype=dtype))
     else:
-        others = iter(matmul(x, rest, **options) if rest else ())
+        others = iter(matmul(x, rest, **options))
     return tuple(
         multiply_by_slabs(x, [weight], **options)[0] if alone and isinstance(weight, Mxfp8) else next(others)
         for weight, alone in zip(weights, wide, strict=True)

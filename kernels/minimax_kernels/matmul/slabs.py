@@ -27,6 +27,7 @@ from minimax_kernels.weight_tiles import Weight, WeightTiles, multiply_tile, sto
 
 SLAB_ROWS = 2048  # from which they pay
 SLAB_COLUMNS = 512  # of a launch's weights; fewer are not worth three launches more
+TILE_ROWS = 128
 LEAST_TILE = 128  # columns of a slab's tile
 WIDE_SLAB = 512  # columns whose tiles, with 8192 rows, are as many as there are multiprocessors
 
@@ -40,6 +41,11 @@ def takes_slabs(weights: Sequence[Weight], num_rows: int) -> TypeGuard[Sequence[
         return False
     even = all(width % LEAST_TILE == 0 for width in columns) and sum(columns) % (2 * LEAST_TILE) == 0
     return even and weights[0].shape[0] % 64 == 0
+
+
+def some_take_slabs(weights: Sequence[Weight], num_rows: int) -> bool:
+    """Whether one of them by itself, or all together, do."""
+    return any(takes_slabs([weight], num_rows) for weight in weights) or takes_slabs(weights, num_rows)
 
 
 def multiply_by_slabs(
@@ -83,9 +89,9 @@ def _multiply_into(
     """
     num_rows, columns = x.shape[0], slab.shape[0]
     block_n = largest_divisor(columns, 2 * LEAST_TILE) if len(widths) == 1 else LEAST_TILE
-    if columns // block_n * ceil_div(num_rows, 128) < NUM_SMS * 3 // 4:
+    if columns // block_n * ceil_div(num_rows, TILE_ROWS) < NUM_SMS * 3 // 4:
         block_n = LEAST_TILE
-    launch = MatmulLaunch(128, block_n, 64, 1, Launch(8, 3) if block_n == 256 else Launch(4, 4))
+    launch = MatmulLaunch(TILE_ROWS, block_n, 64, 1, Launch(8, 3) if block_n == 256 else Launch(4, 4))
     return triton_call(
         functools.partial(_slab_kernel, parts=parts, launch=launch, interpret=interpret),
         [x, slab, *outs],

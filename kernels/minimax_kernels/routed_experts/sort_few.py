@@ -41,17 +41,41 @@ def sort_few_pairs(expert_ids: Int[Array, "T k"], num_experts: int, *, interpret
 def _sort_kernel(
     ids_ref: Any, sizes_ref: Any, source_ref: Any, place_ref: Any, *, per_token: int, num_experts: int
 ) -> None:
-    num_pairs = ids_ref.shape[0]
-    pair = jnp.arange(next_power_of_two(num_pairs), dtype=jnp.int32)
-    expert = jnp.arange(next_power_of_two(num_experts + 1), dtype=jnp.int32)
-    real = pair < num_pairs
-    ids = ids_ref[jnp.minimum(pair, num_pairs - 1)].astype(jnp.int32)
-    ids = jnp.where((ids >= 0) & (ids < num_experts), ids, num_experts)
-    chosen = ((ids[:, None] == expert[None, :]) & real[:, None]).astype(jnp.int32)
+    pair = jnp.arange(next_power_of_two(ids_ref.shape[0]), dtype=jnp.int32)
+    chosen = choices(ids_ref, pair, num_experts)
+    expert = jnp.arange(chosen.shape[1], dtype=jnp.int32)
     sizes = jnp.sum(chosen, axis=0, dtype=jnp.int32)
     starts = jnp.cumsum(sizes, dtype=jnp.int32) - sizes
+    plgpu.store(sizes_ref.at[jnp.minimum(expert, num_experts)], sizes, mask=expert < num_experts)
+    store_places(pair, chosen, starts, source_ref, place_ref, per_token=per_token)
+
+
+def choices(ids_ref: Any, pair: Int[Array, "n"], num_experts: int) -> Int[Array, "n experts"]:
+    """Device side: 1 where a pair is there and chose the expert; number `num_experts` stands for those elsewhere."""
+    num_pairs = ids_ref.shape[0]
+    expert = jnp.arange(next_power_of_two(num_experts + 1), dtype=jnp.int32)
+    ids = ids_ref[jnp.minimum(pair, num_pairs - 1)].astype(jnp.int32)
+    ids = jnp.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+    return ((ids[:, None] == expert[None, :]) & (pair < num_pairs)[:, None]).astype(jnp.int32)
+
+
+def store_places(
+    pair: Int[Array, "n"],
+    chosen: Int[Array, "n experts"],
+    starts: Int[Array, "experts"],
+    source_ref: Any,
+    place_ref: Any,
+    *,
+    per_token: int,
+) -> None:
+    """Device side: writes the sorted row of each pair and each row's token.
+
+    Args:
+      starts: the sorted row of the first of these pairs that chose each expert.
+    """
+    num_pairs = place_ref.shape[0]
+    real = pair < num_pairs
     earlier = jnp.cumsum(chosen, axis=0, dtype=jnp.int32) - chosen
     place = jnp.sum(chosen * (starts[None, :] + earlier), axis=1, dtype=jnp.int32)
-    plgpu.store(sizes_ref.at[jnp.minimum(expert, num_experts)], sizes, mask=expert < num_experts)
     plgpu.store(place_ref.at[jnp.minimum(pair, num_pairs)], place, mask=real)
     plgpu.store(source_ref.at[jnp.where(real, place, num_pairs)], lax.div(pair, per_token), mask=real)

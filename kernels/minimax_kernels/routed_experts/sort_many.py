@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int
 
+from minimax_kernels.routed_experts.sort_few import choices, store_places
 from minimax_kernels.routed_experts.sorting import SortedPairs
 from minimax_kernels.triton_call import Launch, ceil_div, next_power_of_two, triton_call
 
@@ -51,18 +51,12 @@ def sort_many_pairs(expert_ids: Int[Array, "T k"], num_experts: int, *, interpre
     return SortedPairs(group_sizes, source, place.reshape(expert_ids.shape))
 
 
-def _chosen(ids_ref: Any, pairs: int, num_experts: int) -> tuple[jax.Array, jax.Array]:
-    """(this program's pairs, [pairs, experts] 1 where a pair is there and chose the expert, the last for elsewhere)."""
-    pair = pl.program_id(0) * pairs + jnp.arange(pairs, dtype=jnp.int32)
-    expert = jnp.arange(next_power_of_two(num_experts + 1), dtype=jnp.int32)
-    ids = ids_ref[jnp.minimum(pair, ids_ref.shape[0] - 1)].astype(jnp.int32)
-    ids = jnp.where((ids >= 0) & (ids < num_experts), ids, num_experts)
-    chosen = (ids[:, None] == expert[None, :]) & (pair < ids_ref.shape[0])[:, None]
-    return pair, chosen.astype(jnp.int32)
+def _own_pairs(pairs: int) -> Int[Array, "pairs"]:
+    return pl.program_id(0) * pairs + jnp.arange(pairs, dtype=jnp.int32)
 
 
 def _count_kernel(ids_ref: Any, counts_ref: Any, *, pairs: int, num_experts: int) -> None:
-    _, chosen = _chosen(ids_ref, pairs, num_experts)
+    chosen = choices(ids_ref, _own_pairs(pairs), num_experts)
     expert = jnp.arange(chosen.shape[1], dtype=jnp.int32)
     counts_ref[jnp.full_like(expert, pl.program_id(0)), expert] = jnp.sum(chosen, axis=0, dtype=jnp.int32)
 
@@ -71,7 +65,6 @@ def _place_kernel(
     ids_ref: Any, counts_ref: Any, sizes_ref: Any, source_ref: Any, place_ref: Any, *,
     pairs: int, num_experts: int, per_token: int,
 ) -> None:  # fmt: skip
-    pair, chosen = _chosen(ids_ref, pairs, num_experts)
     programs, experts = counts_ref.shape
     program, expert = jnp.arange(next_power_of_two(programs), dtype=jnp.int32), jnp.arange(experts, dtype=jnp.int32)
     there = jnp.broadcast_to((program < programs)[:, None], (program.shape[0], experts))
@@ -80,11 +73,7 @@ def _place_kernel(
     sizes = jnp.sum(counts, axis=0, dtype=jnp.int32)
     before = jnp.sum(jnp.where((program < pl.program_id(0))[:, None], counts, 0), axis=0, dtype=jnp.int32)
     starts = jnp.cumsum(sizes, dtype=jnp.int32) - sizes + before
-    earlier = jnp.cumsum(chosen, axis=0, dtype=jnp.int32) - chosen
-    place = jnp.sum(chosen * (starts[None, :] + earlier), axis=1, dtype=jnp.int32)
-    num_pairs = ids_ref.shape[0]
-    real = pair < num_pairs
-    plgpu.store(place_ref.at[jnp.minimum(pair, num_pairs)], place, mask=real)
-    plgpu.store(source_ref.at[jnp.where(real, place, num_pairs)], lax.div(pair, per_token), mask=real)
+    pair = _own_pairs(pairs)
+    store_places(pair, choices(ids_ref, pair, num_experts), starts, source_ref, place_ref, per_token=per_token)
     first = (expert < num_experts) & (pl.program_id(0) == 0)
     plgpu.store(sizes_ref.at[jnp.minimum(expert, num_experts)], sizes, mask=first)

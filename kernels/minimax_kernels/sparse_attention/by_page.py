@@ -29,9 +29,9 @@ from minimax_kernels.merge_partials import merge_partials
 from minimax_kernels.triton_call import ceil_div, triton_call
 
 
-def _nothing(keys: Any) -> int:
-    """Sorts behind every page."""
-    return int(jnp.iinfo(keys.dtype).max)
+def _nothing(dtype: Any) -> int:
+    """The key of this type that sorts behind every page."""
+    return int(jnp.iinfo(dtype).max)
 
 
 def attend_by_page(
@@ -100,9 +100,9 @@ def sort_pairs(
     group = jnp.arange(groups, dtype=jnp.int32)[:, None, None]
     in_window = (jnp.arange(tokens, dtype=jnp.int32) // window)[None, :, None]
     key = ((in_window * groups + group) * num_requests + request[None, :, None]) * num_blocks + selected
-    runs = -(-tokens // window) * groups * num_requests * num_blocks
-    dtype = jnp.uint16 if runs <= jnp.iinfo(jnp.uint16).max else jnp.int32
-    key = jnp.where((selected >= 0) & live[None, :, None], key, jnp.iinfo(dtype).max).reshape(-1)
+    runs = ceil_div(tokens, window) * groups * num_requests * num_blocks
+    dtype = jnp.uint16 if runs <= _nothing(jnp.uint16) else jnp.int32
+    key = jnp.where((selected >= 0) & live[None, :, None], key, _nothing(dtype)).reshape(-1)
     pair = jnp.arange(key.shape[0], dtype=jnp.int32)
     key, pair = lax.sort((key.astype(dtype), pair), num_keys=1, is_stable=True)
     return key, pair
@@ -149,7 +149,7 @@ def _attend_kernel(
     head_dim = q_ref.shape[2]
     queries = rows // rows_per_token
     lane = jnp.arange(per_program, dtype=jnp.int32)
-    nothing = _nothing(keys_ref)
+    nothing = _nothing(keys_ref.dtype)
     all_keys = plgpu.load(
         keys_ref.at[jnp.minimum(base + lane, num_pairs - 1)], mask=base + lane < num_pairs, other=nothing
     ).astype(jnp.int32)
