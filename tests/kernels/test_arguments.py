@@ -174,6 +174,8 @@ ERRORS = {
         ({"weights": jnp.zeros((5, 3))}, r"weights is float32 of shape \(5, 3\): must be floating, of expert_ids'"),
         ({"addend": jnp.zeros((4, 32))}, r"addend is float32 of shape \(4, 32\): must be float32 of \(5, 32\), as x"),
         ({"num_experts": 0}, "num_experts = 0: must be an integer >= 1"),
+        ({"first_expert": 0.5}, r"first_expert is float32 of shape \(\): must be one integer"),
+        ({"first_expert": jnp.arange(2)}, r"first_expert is int32 of shape \(2,\): must be one integer"),
         ({"gate_up": jnp.zeros((3, 16, 8))}, "gate_up has H = 16: must be 32, as in x"),
         ({"gate_up": jnp.zeros((3, 32, 7))}, "gate_up's last axis = 7: must be a multiple of the number of halves"),
         ({"down": jnp.zeros((2, 4, 32))}, "down has E = 2: must be 3, as in gate_up"),

@@ -32,6 +32,7 @@ def routed_experts(
     gate_up: Weight,
     down: Weight,
     addend: Float[Array, "T H"] | None = None,
+    first_expert: Int[Array, ""] | int = 0,
     *,
     activation: Swiglu,
     num_experts: int | None = None,
@@ -45,11 +46,11 @@ def routed_experts(
     local, hidden, width = gate_up.shape
     num_rows = expert_ids.size
     if can_sort_few(num_rows, local):
-        pairs = sort_few_pairs(expert_ids, local, interpret=interpret)
+        pairs = sort_few_pairs(expert_ids, local, first_expert, interpret=interpret)
     elif can_sort_many(num_rows, local):
-        pairs = sort_many_pairs(expert_ids, local, interpret=interpret)
+        pairs = sort_many_pairs(expert_ids, local, first_expert, interpret=interpret)
     else:
-        pairs = sort_pairs(expert_ids, local)
+        pairs = sort_pairs(expert_ids, local, first_expert)
     rows_here = num_rows if num_experts is None else min(max(num_rows * local // num_experts, 1), num_rows)
     half = largest_divisor(width // 2, 1 << 30)
     sizes: dict[str, Any] = {"all_rows": num_rows, "quantized": isinstance(gate_up, Mxfp8)}
