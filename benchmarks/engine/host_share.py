@@ -53,9 +53,20 @@ class Variant:
 
 
 def measure_host_share(
-    layers: int, batch: int, context: int, steps: int, variants: list[Variant], *, moe: bool, tiny: bool, out: Path
+    layers: int,
+    batch: int,
+    context: int,
+    steps: int,
+    variants: list[Variant],
+    *,
+    moe: bool,
+    greedy: bool,
+    tiny: bool,
+    out: Path,
 ) -> Iterator[dict[str, Any]]:
-    """Times decode steps of one full batch, sampled with top-k and top-p, in each variant, then profiles some.
+    """Times decode steps of one full batch in each variant, then profiles some.
+
+    Rows are sampled with top-k and top-p, or greedy.
 
     Writes a profile of each (`Variant.trace`, for ui.perfetto.dev) to `out`. The sequences go on from variant to
     variant, so the last ones have longer contexts.
@@ -84,7 +95,7 @@ def measure_host_share(
         cache_config={"max_tokens": (batch + 1) * width * page},
     )
     with llm:
-        core = _core_of(llm, batch, context, new)
+        core = _core_of(llm, batch, context, new, greedy=greedy)
         times = _Times(core.runner)
         for variant in variants:
             yield dataclasses.asdict(variant) | _measured(core, times, variant, steps, out)
@@ -147,12 +158,13 @@ class _Times:
         runner.fetch, runner.launch = timed_fetch, timed_launch
 
 
-def _core_of(llm: LLM, batch: int, context: int, new: int) -> Any:
+def _core_of(llm: LLM, batch: int, context: int, new: int, *, greedy: bool) -> Any:
     """The engine's loop, to be stepped from here, with a batch past its prompts."""
     core = llm._core
     random = np.random.default_rng(0)
+    how: dict[str, Any] = {"temperature": 0.0} if greedy else {"temperature": 0.8, "top_k": 40, "top_p": 0.95}
     for number in range(batch):
-        params = SamplingParams(temperature=0.8, top_k=40, top_p=0.95, max_tokens=new, ignore_eos=True, seed=number)
+        params = SamplingParams(max_tokens=new, ignore_eos=True, seed=number, **how)
         prompt = random.integers(0, llm.model.config.vocab_size, context).astype(np.int32)
         core.add(Sequence(prompt, params, order=(number, 0), max_new=new, seed=number))
     while any(s.num_new < 2 for s in core.schedulers[0].running) or core.schedulers[0].waiting:

@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 
-# XLA's own list, and WHILE
-LOOPS_IN_GRAPHS = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE"
+# XLA's own list, and WHILE. One call that fits into no graph keeps the whole loop out, and sorts by the CUB library are
+# such calls; XLA's own kernels sort the little there is (beside log probabilities).
+LOOPS_IN_GRAPHS: dict[str, Any] = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE",
+    "xla_gpu_enable_cub_radix_sort": False,
 }
 
 
