@@ -120,7 +120,7 @@ def _whole_row_kernel(
     row, vocab_size = pl.program_id(0), scaled_ref.shape[1]
     top_k, top_p = top_k_ref[row], top_p_ref[row]
     fold = _held(*_tokens(scaled_ref, row, jnp.arange(lanes, dtype=jnp.int32), floor_ref[row]))
-    key, ties, _ = _cut(fold, jnp.minimum(top_k, vocab_size), top_p, jnp.float32(0))
+    key, ties, _ = _cut(fold, top_k >= vocab_size, jnp.minimum(top_k, vocab_size), top_p, jnp.float32(0))
     _store(value_ref, id_ref, row, key, _find_tie(fold, key, ties, lanes))
 
 
@@ -137,7 +137,7 @@ def _among_blocks_kernel(
     block = plgpu.load(blocks_ref.at[row, jnp.minimum(lane // BLOCK, count - 1)])
     token = jnp.where(held, block * BLOCK + lane % BLOCK, vocab_size)
     fold = _held(*_tokens(scaled_ref, row, token, floor)[:2], lane)  # the order of lanes is that of tokens
-    key, ties, reached = _cut(fold, jnp.minimum(top_k, count), top_p, given)
+    key, ties, reached = _cut(fold, whole, jnp.minimum(top_k, count), top_p, given)
     # tokens elsewhere are no better than the least of the blocks' maxima, and `count` of these here are
     found = (top_k <= count) | (whole & reached & (key > least))
     uncut = whole & (top_p >= 1)
@@ -150,7 +150,7 @@ def _among_blocks_kernel(
 
     def anywhere() -> tuple[Any, Any]:
         walk = _walk(scaled_ref, row, floor)
-        key, ties, _ = _cut(walk, jnp.minimum(top_k, vocab_size), top_p, given)
+        key, ties, _ = _cut(walk, whole, jnp.minimum(top_k, vocab_size), top_p, given)
         return key, _find_tie(walk, key, ties, next_power_of_two(vocab_size))
 
     _store(value_ref, id_ref, row, *lax.cond(found | uncut, here, anywhere))
@@ -185,14 +185,22 @@ def _walk(scaled_ref: Any, row: Any, floor: Any) -> Fold:
     return fold
 
 
-def _cut(fold: Fold, top_k: Any, top_p: Any, given: Any) -> tuple[Any, Any, Any]:
+def _cut(fold: Fold, whole: Any, top_k: Any, top_p: Any, given: Any) -> tuple[Any, Any, Any]:
     """(key of the last token that is kept, how many of its equals are, whether top-p cuts above top-k's).
 
     Args:
+      whole: whether top-k cuts nothing; the key is the lowest one then, unless top-p cuts.
       top_k: at most as many as there are tokens.
       given: the sum of the weights of what top-k keeps; 0 for what is found here.
     """
-    by_count = _largest_key(lambda key: fold(lambda keys, _, __: _ones(keys >= key)) >= top_k)
+
+    def enough_tokens(key: Any) -> Any:
+        return fold(lambda keys, _, __: _ones(keys >= key)) >= top_k
+
+    def no_cut() -> Any:
+        return jnp.minimum(top_k, LOWEST)  # not a plain constant, which a branch may not return on the Triton backend
+
+    by_count = lax.cond(whole, no_cut, lambda: _largest_key(enough_tokens))
     ties_by_count = top_k - fold(lambda keys, _, __: _ones(keys > by_count))
 
     def above(key: Any) -> Any:
@@ -200,19 +208,19 @@ def _cut(fold: Fold, top_k: Any, top_p: Any, given: Any) -> tuple[Any, Any, Any]
 
     tie_weights = fold(lambda keys, weights, _: jnp.where(keys == by_count, weights, 0.0))
     tie_count = fold(lambda keys, _, __: _ones(keys == by_count))
-    own = above(by_count) + tie_weights * (ties_by_count.astype(jnp.float32) / tie_count.astype(jnp.float32))
+    own = above(by_count) + tie_weights * (ties_by_count.astype(jnp.float32) / _at_least_one(tie_count))
     total = jnp.where(given > 0, given, own)
 
-    def enough(key: Any) -> Any:
+    def enough_mass(key: Any) -> Any:
         reached = fold(lambda keys, weights, _: jnp.where((keys >= key) & (keys > by_count), weights, 0.0))
         return reached / total >= top_p
 
-    by_mass = _largest_key(enough)
+    by_mass = lax.cond(top_p < 1, lambda: _largest_key(enough_mass), no_cut)
     reached = (by_mass > by_count) & (top_p < 1)
     key = jnp.where(reached, by_mass, by_count)
     before = above(key)
     count = fold(lambda keys, _, __: _ones(keys == key))
-    weight = fold(lambda keys, weights, _: jnp.where(keys == key, weights, 0.0)) / count.astype(jnp.float32)
+    weight = fold(lambda keys, weights, _: jnp.where(keys == key, weights, 0.0)) / _at_least_one(count)
     most = jnp.where(reached, count, ties_by_count)
 
     def kept(_: Any, __: Any, numbers: Any) -> Any:
@@ -241,6 +249,10 @@ def _find_tie(fold: Fold, key: Any, ties: Any, bound: int) -> Any:
         return jnp.where(fold(lambda keys, _, numbers: _ones((keys == key) & (numbers < more))) < ties, more, found)
 
     return lax.fori_loop(0, bound.bit_length() - 1, set_bit, jnp.int32(0))
+
+
+def _at_least_one(count: Any) -> Any:
+    return jnp.maximum(count, 1).astype(jnp.float32)
 
 
 def _ones(mask: Any) -> Any:
