@@ -76,7 +76,7 @@ def measure_host_share(
       "host_us": of these the engine thread's own work, launches included; "launch_us": of that the launches; "wait_us":
       for the device. "host_share" = host_us / step_us; "process_share": CPU time of all threads of the process over
       wall time, which counts XLA's threads too, and the polling of some. "device_busy_share" of the profiled steps,
-      which run without CUDA graphs, None where the profiler shows no kernels. "refusal": why the loop is in no graph.
+      None where the profiler shows no kernels, or of a loop in a graph those of one step only. "refusal": why the loop is in no graph.
     """
     tokens = max(64 if tiny else 2048, 4 * batch)
     page = 16 if tiny else 128
@@ -123,16 +123,17 @@ def _measured(core: Any, times: _Times, variant: Variant, steps: int, out: Path)
     made = sum(core.counts.steps.values()) - steps_before
     assert made == len(walls) * count, f"{made} steps in {len(walls)} launches of {count}"
     busy = _profiled(core.step, max(1, PROFILED_STEPS // count), out / variant.trace)
+    refusal = core.runner._decode.refusal if variant.graph_loop else None
     hosts = [wall - wait for wall, wait in zip(walls, waits, strict=True)]
     a_step = {name: statistics.median(values) * 1e6 / count for name, values in
               {"step_us": walls, "host_us": hosts, "launch_us": launches, "wait_us": waits}.items()}  # fmt: skip
     return a_step | {
         "host_share": a_step["host_us"] / a_step["step_us"],
         "process_share": process,
-        "device_busy_share": busy,
+        "device_busy_share": None if variant.graph_loop and refusal is None else busy,
         "first_launches_s": settled,
         "launches": len(walls),
-        "refusal": core.runner._decode.refusal if variant.graph_loop else None,
+        "refusal": refusal,
     }
 
 
