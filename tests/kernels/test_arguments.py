@@ -33,6 +33,9 @@ ARGS = {
         "x": jnp.zeros((5, 32)), "expert_ids": jnp.zeros((5, 2), jnp.int32), "weights": jnp.zeros((5, 2)),
         "gate_up": jnp.zeros((3, 32, 8)), "down": jnp.zeros((3, 4, 32)), "activation": SWIGLU,
     },
+    "sampling_cut": {
+        "scaled": jnp.zeros((5, 8)), "top_k": jnp.ones(5, jnp.int32), "top_p": jnp.ones(5), "min_p": jnp.zeros(5),
+    },
     "write_index": {
         "index_cache": jnp.zeros((6, 16, 8)), "idx_k": jnp.zeros((5, 8)), "slots": jnp.arange(5, dtype=jnp.int32),
     },
@@ -147,6 +150,14 @@ ERRORS = {
         ({"bias": jnp.zeros(4)}, "bias has E = 4: must be 8, as in logits"),
         ({"num_chosen": 0}, "num_chosen = 0: must be an integer >= 1"),
         ({"num_chosen": 9}, "num_chosen = 9: must be at most logits' E = 8"),
+    ],
+    "sampling_cut": [
+        ({"scaled": jnp.zeros(8)}, r"scaled has shape \(8,\): must be \[R, V\]"),
+        ({"scaled": jnp.zeros((5, 8), jnp.bfloat16)}, "scaled is bfloat16: must be float32"),
+        ({"top_k": jnp.ones(5)}, "top_k is float32: must be int32"),
+        ({"top_p": jnp.ones(4)}, "top_p has R = 4: must be 5, as in scaled"),
+        ({"candidates": 0}, "candidates = 0: must be an integer >= 1"),
+        ({"scaled": jnp.zeros((5, 0))}, "scaled's V = 0: must be an integer >= 1"),
     ],
     "route_tokens": [
         ({"x": jnp.zeros((5, 32), jnp.int32)}, "x is int32: must be one of"),
