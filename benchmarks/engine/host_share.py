@@ -76,7 +76,8 @@ def measure_host_share(
       "host_us": of these the engine thread's own work, launches included; "launch_us": of that the launches; "wait_us":
       for the device. "host_share" = host_us / step_us; "process_share": CPU time of all threads of the process over
       wall time, which counts XLA's threads too, and the polling of some. "device_busy_share" of the profiled steps,
-      None where the profiler shows no kernels, or of a loop in a graph those of one step only. "refusal": why the loop is in no graph.
+      None where the profiler shows no kernels, or as of a loop in a graph only those of one step. "refusal": why the
+      loop is in no graph.
     """
     tokens = max(64 if tiny else 2048, 4 * batch)
     page = 16 if tiny else 128
