@@ -50,6 +50,7 @@ def main() -> int:
         help="of a step, comma-separated, in this order (default: %(default)s)",
     )
     add("--bf16", action="store_true", help="experts with bfloat16 weights too (default: off)")
+    add("--mosaic", action="store_true", help="experts of many rows on Mosaic GPU too (default: off)")
     add("--quick", action="store_true", help="the formula's or table's own launch only (default: all candidates)")
     add(
         "--limit-s",
@@ -72,8 +73,10 @@ def main() -> int:
 
     ceilings = Ceilings(1e9, 1e9) if args.interpret else measure_ceilings()
     say(f"copy {ceilings.copy_bytes_per_s / 1e9:.0f} GB/s, matmul {ceilings.matmul_flop_per_s / 1e12:.0f} TFLOP/s")
-    cases = all_cases(tokens, bf16=args.bf16, shrink=args.shrink)
-    failures = check_layer_ops("pallas_triton_interpret" if args.interpret else "pallas_triton", args.shrink, say)
+    cases = all_cases(tokens, bf16=args.bf16, mosaic=args.mosaic, shrink=args.shrink)
+    suffix = "_interpret" if args.interpret else ""
+    mosaic = f"pallas_mosaic_gpu{suffix}" if args.mosaic else ""
+    failures = check_layer_ops(f"pallas_triton{suffix}", args.shrink, say, mosaic)
     args.out.mkdir(parents=True, exist_ok=True)
     record = {"machine": describe_machine(), "ceilings": dataclasses.asdict(ceilings), "failed_checks": failures}
 

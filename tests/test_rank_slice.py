@@ -159,7 +159,7 @@ def test_kernels_are_told_apart_by_name_and_module():
         "combine_rows": "experts", "index_score_few_rows": "score", "select_blocks": "select", "write_pages": "write",
         "sparse_attention_by_token": "attend", "merge_partials": "attend", "dense_attention": "attend",
         "choose_experts": "experts", "sort_pairs": "experts", "place_pairs": "experts", "add_norm": "elementwise",
-        "router_logits": "matmul", "sum_splits_swiglu": "matmul",
+        "router_logits": "matmul", "sum_splits_swiglu": "matmul", "gather_rows": "experts", "cut_rows": "experts",
         "several_matmuls": "matmul", "sum_splits": "matmul", "gemm_fusion_dot_12": "matmul", "norm_rope": "elementwise",
         "grouped_matmul": "experts", "index_score_many_rows": "score", "sparse_attention_by_page": "attend",
         "wrapped_add": "elementwise", "sum_norm_rope": "elementwise",

@@ -17,7 +17,9 @@ from benchmarks.products.errors import reference_and_truth
 from benchmarks.products.weights import random_mxfp8
 from minimax_kernels import Swiglu
 from minimax_kernels.grouped_matmul import reference as grouped_reference
+from minimax_kernels.grouped_matmul.gather_rows import gather_rows
 from minimax_kernels.grouped_matmul.pallas_triton import multiply_groups
+from minimax_kernels.grouped_matmul.row_tiles import cut_rows
 from minimax_kernels.matmul import pallas_triton, reference
 from minimax_kernels.matmul.slabs import some_take_slabs
 from minimax_kernels.matmul.sum_splits import sum_splits
@@ -32,7 +34,7 @@ class CaseRun:
     """A case with what its measurement needs.
 
     Attributes:
-      launches: to try; None is what the package does where that is no single launch (`matmul.slabs`).
+      launches: to try; None is what the package does where that is no single launch (`matmul.slabs`, Mosaic GPU).
       group_sizes: rows of each expert for each set, empty for plain products.
       bytes, flops: of one call, the mean over sets.
       sets: how many to rotate through; of experts each is another choice among the same weights.
@@ -58,8 +60,8 @@ class CaseRun:
         self.truth: Any
         self.reference, self.truth = reference_and_truth(functools.partial(_expected, case))
         self.by_slabs = case.kind == "matmul" and some_take_slabs(self.structs[1:], case.rows)
-        launches: list[MatmulLaunch | None] = [None] if self.by_slabs else []
-        self.launches = [*launches, *candidates(case)][: 1 if quick else None]
+        own: list[MatmulLaunch | None] = [None] if self.by_slabs or case.mosaic else []
+        self.launches = [*own, *([] if case.mosaic else candidates(case))][: 1 if quick else None]
 
     def arguments(self) -> list[tuple[Any, ...]]:
         """The sets to rotate through."""
@@ -77,6 +79,8 @@ class CaseRun:
                 return pallas_triton.matmul(x, weights, dtype=jnp.bfloat16, launch=launch, interpret=self.interpret)
 
             return multiply
+        if case.mosaic:
+            return functools.partial(_multiply_on_mosaic, case, self.interpret)
         assert launch is not None
         joined = case.kind == "joined"
 
@@ -105,6 +109,24 @@ class CaseRun:
         self.draw = self.draw.lower(0).compile()
         self.reference = self.reference.lower(*self.structs).compile()
         self.truth = self.truth.lower(*self.structs).compile()
+
+
+def _multiply_on_mosaic(
+    case: Case, interpret: bool, x: jax.Array, w: Any, sizes: jax.Array, source: jax.Array
+) -> tuple[jax.Array, ...]:
+    """As `routed_experts` would; of "groups" with a copy besides, as there [gate | up] writes rows where down reads."""
+    from minimax_kernels.grouped_matmul import pallas_mosaic_gpu  # not every version of JAX has what it needs
+
+    launch = pallas_mosaic_gpu.INTERPRETED if interpret else pallas_mosaic_gpu.MosaicLaunch()
+    joined = case.kind == "joined"
+    tiles = cut_rows(sizes, case.all_rows, launch.widths, interpret=interpret)
+    rows = gather_rows(x, sizes, source if joined else None, interpret=interpret)
+    return (
+        pallas_mosaic_gpu.multiply_sorted(
+            rows, w, tiles, sorted_rows=case.all_rows, launch=launch, activation=ACTIVATION if joined else None,
+            interpret=interpret,
+        ),
+    )  # fmt: skip
 
 
 def draw_arguments(case: Case, key: jax.Array) -> tuple[Any, ...]:

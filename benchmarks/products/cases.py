@@ -33,6 +33,7 @@ class Case:
       weight: a name in WEIGHTS or GROUPS.
       tokens: of the step; experts get 4 pairs a token, of which an eighth is this rank's.
       weights: "mxfp8" or "bf16" (experts only).
+      mosaic: on Mosaic GPU, with the copies of rows that it needs ("groups" and "joined" of MXFP8 only).
     """
 
     kind: str
@@ -40,11 +41,13 @@ class Case:
     tokens: int
     weights: str = "mxfp8"
     shrink: int = 1
+    mosaic: bool = False
 
     @property
     def name(self) -> str:
         """For tables."""
-        return f"{self.weight} {self.tokens} tokens" + (" bf16" if self.weights == "bf16" else "")
+        kind = " bf16" * (self.weights == "bf16") + " Mosaic GPU" * self.mosaic
+        return f"{self.weight} {self.tokens} tokens{kind}"
 
     @property
     def inputs(self) -> int:
@@ -100,8 +103,10 @@ class Case:
         return self.kind, self.weights, groups, self.inputs, sum(self.widths), 1 << (self.rows - 1).bit_length()
 
 
-def all_cases(tokens: tuple[int, ...] = TOKENS, *, bf16: bool = False, shrink: int = 1) -> list[Case]:
-    """Linears and experts, in the order of `tokens`."""
+def all_cases(
+    tokens: tuple[int, ...] = TOKENS, *, bf16: bool = False, mosaic: bool = False, shrink: int = 1
+) -> list[Case]:
+    """Linears and experts, in the order of `tokens`; on Mosaic GPU too, where experts have many rows."""
     found = []
     for count in tokens:
         found += [Case("matmul", name, count, shrink=shrink) for name in WEIGHTS]
@@ -110,6 +115,8 @@ def all_cases(tokens: tuple[int, ...] = TOKENS, *, bf16: bool = False, shrink: i
                 Case("joined", "gate_up", count, weights, shrink=shrink),
                 Case("groups", "down", count, weights, shrink=shrink),
             ]
+        if mosaic and found[-1].rows > FEW_ROWS * LOCAL:
+            found += [dataclasses.replace(case, weights="mxfp8", mosaic=True) for case in found[-2:]]
     return found
 
 

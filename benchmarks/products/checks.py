@@ -20,13 +20,22 @@ TOKENS = (1, 7, 64, 300)
 ACTIVATION = mk.Swiglu(1.702, 1.0, 7.0)
 
 
-def check_layer_ops(impl: str, shrink: int, say: Callable[[str], None]) -> list[str]:
-    """Compares; a line for each failure."""
+def check_layer_ops(impl: str, shrink: int, say: Callable[[str], None], mosaic: str = "") -> list[str]:
+    """Compares; a line for each failure.
+
+    Args:
+      mosaic: another implementation for experts, of many rows only as each shape takes seconds to compile; none if
+        empty.
+    """
     failures = []
-    for name, check in (
-        ("e4m3 bytes", _bytes), ("add_norm", _add_norm), ("choose_experts", _choose), ("routed_experts", _experts),
+    for name, check, own in (
+        ("e4m3 bytes", _bytes, impl), ("add_norm", _add_norm, impl), ("choose_experts", _choose, impl),
+        ("routed_experts", _experts, impl), ("e4m3 bytes on Mosaic GPU", _grouped_bytes, mosaic),
+        ("routed_experts on Mosaic GPU", functools.partial(_experts, counts=TOKENS[-1:]), mosaic),
     ):  # fmt: skip
-        found = check(impl, shrink)
+        if not own:
+            continue
+        found = check(own, shrink)
         say(f"{name}: {'; '.join(found) or 'equal'}")
         failures += [f"{name}: {line}" for line in found]
     return failures
@@ -45,6 +54,19 @@ def _bytes(impl: str, shrink: int) -> list[str]:
     found = np.asarray(_run("matmul", impl, dtype=jnp.float32)(x, weight))[0]
     wrong = wrong_bytes(found, row[:columns], own_scale[:columns], flushes=jax.default_backend() == "cpu")
     return [f"{int(wrong.sum())} of {columns} differ"] if wrong.any() else []
+
+
+def _grouped_bytes(impl: str, shrink: int) -> list[str]:
+    """The same at every place among 128 inputs, of which all others are zeros."""
+    data = np.array([b for b in range(256) if b & 0x7F != 0x7F], np.uint8)
+    row, own_scale = np.tile(data, 256 // shrink), np.repeat(np.arange(0, 256, shrink, dtype=np.uint8), data.size)
+    column, at = np.arange(row.size), np.random.default_rng(0).integers(0, 128, row.size)
+    values, scales = np.zeros((1, row.size, 128), np.uint8), np.full((1, row.size, 4), 127, np.uint8)
+    values[0, column, at], scales[0, column, at // 32] = row, own_scale
+    weight = mk.Mxfp8.from_rows(jnp.asarray(values).view(jnp.float8_e4m3fn), jnp.asarray(scales))
+    found = _run("grouped_matmul", impl)(jnp.ones((1, 128), jnp.bfloat16), weight, jnp.ones(1, jnp.int32))
+    wrong = wrong_bytes(np.asarray(found, np.float32)[0], row, own_scale, flushes=jax.default_backend() == "cpu")
+    return [f"{int(wrong.sum())} of {row.size} differ"] if wrong.any() else []
 
 
 def exact_bytes(data: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -104,13 +126,13 @@ def _choose(impl: str, shrink: int) -> list[str]:
     return lines
 
 
-def _experts(impl: str, shrink: int) -> list[str]:
+def _experts(impl: str, shrink: int, counts: tuple[int, ...] = ()) -> list[str]:
     lines = []
     hidden, width = HIDDEN // shrink, EXPERT_WIDTH // shrink
     keys = jax.random.split(jax.random.key(1), 3)
     gate_up, down = random_mxfp8(keys[0], (LOCAL, hidden, 2 * width)), random_mxfp8(keys[1], (LOCAL, width, hidden))
     options = {"activation": ACTIVATION, "num_experts": EXPERTS}
-    for tokens in TOKENS if shrink == 1 else TOKENS[:2]:
+    for tokens in counts or (TOKENS if shrink == 1 else TOKENS[:2]):
         x = jax.random.normal(keys[2], (tokens, hidden), jnp.bfloat16)
         random = np.random.default_rng(tokens)
         ids = np.argsort(random.random((tokens, EXPERTS)), axis=1)[:, :PER_TOKEN].astype(np.int32)

@@ -30,7 +30,7 @@ class Row:
     """One candidate of one case.
 
     Attributes:
-      launch: as in the table; None for the package's way by slabs.
+      launch: as in the table; None for the package's way by slabs and on Mosaic GPU.
       us: microseconds a call; None where it was not timed.
       bandwidth_share, rate_share, floor_share: of the measured ceilings; the floor's is of the larger.
       errors, reference_errors: of the candidate and of the bfloat16 reference against float32.
@@ -178,7 +178,7 @@ def _summary(rows: Sequence[Row], chosen: Row | None) -> str:
         return next((row.refused for row in rows if row.refused), "the host is slower than the device")
     own = f"{rows[0].us:.1f} us" if rows[0].us is not None else rows[0].refused.split(":")[0]
     return (
-        f"{chosen.us:.1f} us {chosen.launch or 'by slabs'}, {chosen.gb_per_s:.0f} GB/s = "
+        f"{chosen.us:.1f} us {chosen.launch or 'the way of the package'}, {chosen.gb_per_s:.0f} GB/s = "
         f"{chosen.bandwidth_share:.0%}, {chosen.tflops:.0f} TFLOP/s = {chosen.rate_share:.0%}, "
         f"{chosen.floor_share:.0%} of the floor; the package's own {own}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,16 +11,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from minimax_kernels.mosaic_support import require_mosaic_gpu
+
 Implementation = Callable[..., Any]
 
 
-def implementations(pallas_triton: Implementation, reference: Implementation) -> dict[str, Implementation]:
-    """The names of an operation's implementations, best first; `pallas_triton` also takes `interpret=`."""
-    return {
-        "pallas_triton": pallas_triton,
-        "pallas_triton_interpret": functools.partial(pallas_triton, interpret=True),
-        "reference": reference,
-    }
+def implementations(
+    pallas_triton: Implementation, reference: Implementation, pallas_mosaic_gpu: Implementation | None = None
+) -> dict[str, Implementation]:
+    """The names of an operation's implementations, best first; Pallas kernels also take `interpret=`.
+
+    Args:
+      pallas_mosaic_gpu: of `mosaic_gpu`, taken only by name.
+    """
+    kernels = {"pallas_triton": pallas_triton}
+    if pallas_mosaic_gpu is not None:
+        kernels["pallas_mosaic_gpu"] = pallas_mosaic_gpu
+    interpreted = {f"{name}_interpret": functools.partial(kernel, interpret=True) for name, kernel in kernels.items()}
+    return {**kernels, **interpreted, "reference": reference}
+
+
+def mosaic_gpu(op: str) -> Implementation:
+    """An operation's `pallas_mosaic_gpu`, imported when it is called: not every version of JAX could import it."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        require_mosaic_gpu()
+        module = importlib.import_module(f"minimax_kernels.{op}.pallas_mosaic_gpu")
+        return getattr(module, op)(*args, **kwargs)
+
+    return call
 
 
 def dispatch(

@@ -9,13 +9,16 @@ from jax.experimental.pallas import triton as plgpu
 
 from minimax_kernels.mxfp8 import BLOCK
 
-# Four e4m3 bytes seeeemmm become four bfloat16: s 0000eeee mmm0000 is the value times 2 ** -120, subnormals included,
-# and multiplying by 2 ** 120 (0x7b80) is exact. The hardware's own conversion goes through float16 and float32.
-_EXPAND = """{
-.reg .b32 low, high, bits, bias;
-mov.b32 bias, 0x7b807b80;
-prmt.b32 low, $2, 0, 0x1404;
-prmt.b32 high, $2, 0, 0x3424;
+
+def expand_ptx(data: str, pairs: tuple[str, str], factors: tuple[str, str]) -> str:
+    """PTX that turns four e4m3 bytes into two pairs of bfloat16, times a pair of factors each; names of registers.
+
+    A byte seeeemmm becomes s 0000eeee mmm0000, the value times 2 ** -120, subnormals included, and multiplying by
+    2 ** 120 (0x7b80) is exact. The hardware's own conversion goes through float16 and float32. `EXPAND_REGISTERS`
+    declares what this uses.
+    """
+    return f"""prmt.b32 low, {data}, 0, 0x1404;
+prmt.b32 high, {data}, 0, 0x3424;
 shr.b32 bits, low, 4;
 and.b32 bits, bits, 0x07f007f0;
 lop3.b32 low, low, 0x80008000, bits, 0xEA;
@@ -24,9 +27,13 @@ and.b32 bits, bits, 0x07f007f0;
 lop3.b32 high, high, 0x80008000, bits, 0xEA;
 mul.rn.bf16x2 low, low, bias;
 mul.rn.bf16x2 high, high, bias;
-mul.rn.bf16x2 $0, low, $3;
-mul.rn.bf16x2 $1, high, $4;
-}"""
+mul.rn.bf16x2 {pairs[0]}, low, {factors[0]};
+mul.rn.bf16x2 {pairs[1]}, high, {factors[1]};
+"""
+
+
+EXPAND_REGISTERS = ".reg .b32 low, high, bits, bias;\nmov.b32 bias, 0x7b807b80;\n"
+_EXPAND = "{\n" + EXPAND_REGISTERS + expand_ptx("$2", ("$0", "$1"), ("$3", "$4")) + "}"
 
 
 def scale_factors(scales: jax.Array) -> jax.Array:
@@ -53,7 +60,7 @@ def dequantize_tile(values: jax.Array, scales: jax.Array, *, interleaved: int, i
     data = lax.bitcast_convert_type(values, jnp.uint8).reshape(columns, rows // interleaved, 4, interleaved // 8, 2)
     data = data.transpose(0, 1, 3, 2, 4).reshape(columns, rows)
     if interpret:
-        return _expand(data) * factors
+        return expand_bytes(data) * factors
     (result,) = plgpu.elementwise_inline_asm(
         _EXPAND,
         args=[data, factors],
@@ -64,8 +71,8 @@ def dequantize_tile(values: jax.Array, scales: jax.Array, *, interleaved: int, i
     return result
 
 
-def _expand(data: jax.Array) -> jax.Array:
-    """The assembly's steps but for the factors, an element at a time; for the interpreter."""
+def expand_bytes(data: jax.Array) -> jax.Array:
+    """The assembly's steps but for the factors, an element at a time, for interpreters: bfloat16 of uint8."""
     bits = data.astype(jnp.uint16) << 8
     bits = ((bits >> 4) & 0x07F0) | (bits & 0x8000)
     value = lax.bitcast_convert_type(bits, jnp.bfloat16) * jnp.bfloat16(2.0**120)

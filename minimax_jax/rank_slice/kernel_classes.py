@@ -15,7 +15,7 @@ CLASSES = (
 _PATTERNS = tuple(
     (name, re.compile(pattern))
     for name, pattern in (
-        ("experts", r"grouped_matmul|routed_expert|expert|combine_rows|_pairs|sort|radix|scatter|moe"),
+        ("experts", r"grouped_matmul|routed_expert|expert|(combine|gather|cut)_rows|_pairs|sort|radix|scatter|moe"),
         ("score", r"index_score"),
         ("select", r"select_blocks|topk|top_k"),
         ("attend", r"attention|merge_partials"),

@@ -6,11 +6,11 @@ from jaxtyping import Array, Float, Int
 
 from minimax_kernels import checks
 from minimax_kernels.grouped_matmul import pallas_triton, reference
-from minimax_kernels.implementation import dispatch, implementations
+from minimax_kernels.implementation import dispatch, implementations, mosaic_gpu
 from minimax_kernels.matmul.api import check_weight
 from minimax_kernels.mxfp8 import Mxfp8
 
-_IMPLEMENTATIONS = implementations(pallas_triton.grouped_matmul, reference.grouped_matmul)
+_IMPLEMENTATIONS = implementations(pallas_triton.grouped_matmul, reference.grouped_matmul, mosaic_gpu("grouped_matmul"))
 
 
 def grouped_matmul(

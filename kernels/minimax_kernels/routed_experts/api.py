@@ -6,13 +6,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minimax_kernels import checks
-from minimax_kernels.implementation import dispatch, implementations
+from minimax_kernels.implementation import dispatch, implementations, mosaic_gpu
 from minimax_kernels.matmul.api import check_weight
 from minimax_kernels.routed_experts import pallas_triton, reference
 from minimax_kernels.swiglu import Swiglu
 from minimax_kernels.weight_tiles import Weight
 
-_IMPLEMENTATIONS = implementations(pallas_triton.routed_experts, reference.routed_experts)
+_IMPLEMENTATIONS = implementations(pallas_triton.routed_experts, reference.routed_experts, mosaic_gpu("routed_experts"))
 
 
 def routed_experts(

@@ -17,9 +17,7 @@ from minimax_kernels.matmul.sum_splits import sum_splits
 from minimax_kernels.matmul_launches import group_launch, largest_divisor
 from minimax_kernels.mxfp8 import Mxfp8
 from minimax_kernels.routed_experts.combine import combine_rows
-from minimax_kernels.routed_experts.sort_few import can_sort_few, sort_few_pairs
-from minimax_kernels.routed_experts.sort_many import can_sort_many, sort_many_pairs
-from minimax_kernels.routed_experts.sorting import sort_pairs
+from minimax_kernels.routed_experts.sort_any import sort_any_pairs
 from minimax_kernels.swiglu import Swiglu
 from minimax_kernels.triton_support import require_weight
 from minimax_kernels.weight_tiles import Weight
@@ -45,12 +43,7 @@ def routed_experts(
         return jnp.zeros_like(x) if addend is None else addend
     local, hidden, width = gate_up.shape
     num_rows = expert_ids.size
-    if can_sort_few(num_rows, local):
-        pairs = sort_few_pairs(expert_ids, local, first_expert, interpret=interpret)
-    elif can_sort_many(num_rows, local):
-        pairs = sort_many_pairs(expert_ids, local, first_expert, interpret=interpret)
-    else:
-        pairs = sort_pairs(expert_ids, local, first_expert)
+    pairs = sort_any_pairs(expert_ids, local, first_expert, interpret=interpret)
     rows_here = num_rows if num_experts is None else min(max(num_rows * local // num_experts, 1), num_rows)
     half = largest_divisor(width // 2, 1 << 30)
     sizes: dict[str, Any] = {"all_rows": num_rows, "quantized": isinstance(gate_up, Mxfp8)}
