@@ -41,6 +41,7 @@ _BEGIN_S = 40.0  # seconds that a generation has for its first token at least
 _COMPILE_S = 25.0  # seconds that what is being compiled may still take when a part ends
 _ROW_S = 25.0  # seconds that a row of parity takes once JAX has started
 _MEMORY_FRACTION = "0.92"  # of a GPU, for JAX
+_NO_TRIALS = "--xla_gpu_autotune_level=0"  # else XLA tries out float32 products, some 100 s where compiling takes 12
 
 
 def arguments() -> argparse.Namespace:
@@ -118,6 +119,8 @@ def saver(args: argparse.Namespace, part: str, machine: dict[str, str]) -> Calla
 def run_on_devices(args: argparse.Namespace, part: str) -> bool:
     """A part that this process's devices run; whether all was fine."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", _MEMORY_FRACTION)  # has no argument in JAX
+    if part == "parity":  # nothing is timed there
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_NO_TRIALS}"
     import jax
 
     if args.cpu_devices is not None:

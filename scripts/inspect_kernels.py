@@ -28,6 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 # what XLA must know of the device that it compiles for: stream_executor.GpuTargetConfigProto
 H100 = """
 gpu_device_info {
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
   threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
@@ -43,6 +44,7 @@ INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync.aligned", "cp.async
 OPS = (
     "index_score", "select_blocks", "sparse_attention", "dense_attention", "msa", "write_kv_index", "norm_rope",
     "project_norm_rope", "matmul", "matmul-swiglu", "routed_experts", "add_norm", "choose_experts", "route_tokens",
+    "sampling_cut",
 )  # fmt: skip
 
 
@@ -118,6 +120,11 @@ def _compile(op: str, tp: int, tokens: int, requests: int, context: int, cache_d
         "norm_rope": (
             ((q, rows, idx_q, array(tokens, 1, 128)), (array(128),) * 4, *(array(tokens, 32, dtype=jnp.float32),) * 2),
             {"eps": 1e-6},
+        ),
+        "sampling_cut": (
+            (array(min(tokens, 64), 200064, dtype=jnp.float32), array(min(tokens, 64), **ints))
+            + (array(min(tokens, 64), dtype=jnp.float32),) * 2,
+            {},
         ),
         **_weight_calls(array, tp, tokens),
     }

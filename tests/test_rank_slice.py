@@ -145,12 +145,12 @@ def test_a_rank_alone_does_what_is_its_own():
     ids = jnp.array([[2, 0], [7, 3]])
     seen = []
 
-    def experts(rows, local_ids, weights, addend):
-        seen.append(local_ids.tolist())
+    def experts(rows, expert_ids, weights, addend, first_expert):
+        seen.append((expert_ids.tolist(), first_expert))
         return rows + addend
 
     np.testing.assert_array_equal(comm.run_experts(experts, x, ids, ids, lambda rows: rows), 2 * x)
-    assert seen == [[[0, 2], [2, 1]]]
+    assert seen == [([[2, 0], [7, 3]], 2)]
 
 
 def test_kernels_are_told_apart_by_name_and_module():

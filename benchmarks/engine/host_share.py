@@ -53,9 +53,20 @@ class Variant:
 
 
 def measure_host_share(
-    layers: int, batch: int, context: int, steps: int, variants: list[Variant], *, moe: bool, tiny: bool, out: Path
+    layers: int,
+    batch: int,
+    context: int,
+    steps: int,
+    variants: list[Variant],
+    *,
+    moe: bool,
+    greedy: bool,
+    tiny: bool,
+    out: Path,
 ) -> Iterator[dict[str, Any]]:
-    """Times decode steps of one full batch, sampled with top-k and top-p, in each variant, then profiles some.
+    """Times decode steps of one full batch in each variant, then profiles some.
+
+    Rows are sampled with top-k and top-p, or greedy.
 
     Writes a profile of each (`Variant.trace`, for ui.perfetto.dev) to `out`. The sequences go on from variant to
     variant, so the last ones have longer contexts.
@@ -65,7 +76,8 @@ def measure_host_share(
       "host_us": of these the engine thread's own work, launches included; "launch_us": of that the launches; "wait_us":
       for the device. "host_share" = host_us / step_us; "process_share": CPU time of all threads of the process over
       wall time, which counts XLA's threads too, and the polling of some. "device_busy_share" of the profiled steps,
-      which run without CUDA graphs, None where the profiler shows no kernels. "refusal": why the loop is in no graph.
+      None where the profiler shows no kernels, or of a loop in a graph those of one step only. "refusal": why the loop
+      is in no graph.
     """
     tokens = max(64 if tiny else 2048, 4 * batch)
     page = 16 if tiny else 128
@@ -84,7 +96,7 @@ def measure_host_share(
         cache_config={"max_tokens": (batch + 1) * width * page},
     )
     with llm:
-        core = _core_of(llm, batch, context, new)
+        core = _core_of(llm, batch, context, new, greedy=greedy)
         times = _Times(core.runner)
         for variant in variants:
             yield dataclasses.asdict(variant) | _measured(core, times, variant, steps, out)
@@ -112,16 +124,17 @@ def _measured(core: Any, times: _Times, variant: Variant, steps: int, out: Path)
     made = sum(core.counts.steps.values()) - steps_before
     assert made == len(walls) * count, f"{made} steps in {len(walls)} launches of {count}"
     busy = _profiled(core.step, max(1, PROFILED_STEPS // count), out / variant.trace)
+    refusal = core.runner._decode.refusal if variant.graph_loop else None
     hosts = [wall - wait for wall, wait in zip(walls, waits, strict=True)]
     a_step = {name: statistics.median(values) * 1e6 / count for name, values in
               {"step_us": walls, "host_us": hosts, "launch_us": launches, "wait_us": waits}.items()}  # fmt: skip
     return a_step | {
         "host_share": a_step["host_us"] / a_step["step_us"],
         "process_share": process,
-        "device_busy_share": busy,
+        "device_busy_share": None if variant.graph_loop and refusal is None else busy,
         "first_launches_s": settled,
         "launches": len(walls),
-        "refusal": core.runner._decode.refusal if variant.graph_loop else None,
+        "refusal": refusal,
     }
 
 
@@ -147,12 +160,13 @@ class _Times:
         runner.fetch, runner.launch = timed_fetch, timed_launch
 
 
-def _core_of(llm: LLM, batch: int, context: int, new: int) -> Any:
+def _core_of(llm: LLM, batch: int, context: int, new: int, *, greedy: bool) -> Any:
     """The engine's loop, to be stepped from here, with a batch past its prompts."""
     core = llm._core
     random = np.random.default_rng(0)
+    how: dict[str, Any] = {"temperature": 0.0} if greedy else {"temperature": 0.8, "top_k": 40, "top_p": 0.95}
     for number in range(batch):
-        params = SamplingParams(temperature=0.8, top_k=40, top_p=0.95, max_tokens=new, ignore_eos=True, seed=number)
+        params = SamplingParams(max_tokens=new, ignore_eos=True, seed=number, **how)
         prompt = random.integers(0, llm.model.config.vocab_size, context).astype(np.int32)
         core.add(Sequence(prompt, params, order=(number, 0), max_new=new, seed=number))
     while any(s.num_new < 2 for s in core.schedulers[0].running) or core.schedulers[0].waiting:

@@ -12,6 +12,7 @@ from minimax_kernels.choose_experts.api import choose_experts
 from minimax_kernels.dense_attention.api import dense_attention
 from minimax_kernels.grouped_matmul.api import grouped_matmul
 from minimax_kernels.index_score.api import index_score
+from minimax_kernels.likeliest import likeliest
 from minimax_kernels.matmul.api import matmul
 from minimax_kernels.msa.api import msa
 from minimax_kernels.mxfp8 import Mxfp8
@@ -19,6 +20,7 @@ from minimax_kernels.norm_rope.api import norm_rope
 from minimax_kernels.project_norm_rope.api import project_norm_rope
 from minimax_kernels.route_tokens.api import route_tokens
 from minimax_kernels.routed_experts.api import routed_experts
+from minimax_kernels.sampling_cut.api import sampling_cut
 from minimax_kernels.select_blocks.api import select_blocks
 from minimax_kernels.sparse_attention.api import sparse_attention
 from minimax_kernels.swiglu import Swiglu
@@ -36,6 +38,7 @@ __all__ = [
     "dense_attention",
     "grouped_matmul",
     "index_score",
+    "likeliest",
     "matmul",
     "msa",
     "norm_rope",
@@ -44,6 +47,7 @@ __all__ = [
     "rms_norm",
     "route_tokens",
     "routed_experts",
+    "sampling_cut",
     "select_blocks",
     "sparse_attention",
     "write_index",

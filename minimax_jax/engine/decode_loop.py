@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from minimax_jax.cache import PagedCaches
-from minimax_jax.engine.logprobs import TokenLogprobs
+from minimax_jax.engine.logprobs import TokenLogprobs, empty_logprobs
 from minimax_jax.engine.row_state import RowState
 from minimax_jax.engine.step_inputs import PickInputs, StepInputs
 from minimax_kernels import Batch
@@ -34,6 +35,7 @@ def run_decode_steps(
     *,
     num_steps: int,
     page_size: int,
+    num_logprobs: int | None,
 ) -> tuple[Int[Array, "R steps"], TokenLogprobs | None, RowState, PagedCaches]:
     """Runs `num_steps` steps of one token a row.
 
@@ -47,6 +49,7 @@ def run_decode_steps(
       rows: the first step's too; positions of later steps follow from it.
       counts: steps that a row takes at most, 0 for padding.
       page_size: tokens a page, B.
+      num_logprobs: likeliest tokens that `pick` reports beside each token; None if it reports none.
 
     Returns:
       (tokens, `BAD_LOGITS` or `NO_TOKEN` in the place of some; what was asked about them, [R, steps, ...]; state;
@@ -58,8 +61,8 @@ def run_decode_steps(
     tokens = jnp.where(pending, state.last_tokens[first.sources], first.tokens)
     fixed = {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name not in _MOVING}
 
-    def one_step(carry: Any, number: Array) -> tuple[Any, Any]:
-        caches, moving, tokens, alive = carry
+    def one_step(number: Array, carry: Any) -> Any:
+        caches, moving, tokens, alive, results = carry
         live = alive & (number < counts)
         moved = jnp.minimum(number, jnp.maximum(counts - 1, 0))  # a row that is done stays on its own pages
         positions = first.positions + moved
@@ -79,14 +82,26 @@ def run_decode_steps(
         picked, logprobs, after = pick(before, hidden, picking)
         alive = live & ~_ends(picked, rows.adjustments.ends)
         moving = {name: getattr(after, name) for name in _MOVING}
-        return (caches, moving, picked, alive), (jnp.where(live, picked, NO_TOKEN), logprobs)
+        found = jnp.where(live, picked, NO_TOKEN), logprobs
+        return caches, moving, picked, alive, jax.tree.map(functools.partial(_put, number), results, found)
 
     moving = {name: getattr(state, name) for name in _MOVING}
     alive = ~(pending & _ends(tokens, rows.adjustments.ends))
-    carry, (chosen, logprobs) = jax.lax.scan(one_step, (caches, moving, tokens, alive), jnp.arange(num_steps))
-    caches, moving, _, _ = carry
-    by_row = jax.tree.map(lambda x: x.swapaxes(0, 1), (chosen, logprobs))
-    return *by_row, RowState(**moving, **fixed), caches
+    begin = caches, moving, tokens, alive
+    shape = counts.shape[0], num_steps
+    results = jnp.zeros(shape, jnp.int32), None if num_logprobs is None else empty_logprobs(shape, num_logprobs)
+    caches, moving, _, _, results = jax.lax.fori_loop(0, num_steps, one_step, (*begin, results))
+    return *results, RowState(**moving, **fixed), caches
+
+
+def _put(number: Array, results: Array, found: Array) -> Array:
+    """Puts what a step found in its place.
+
+    A slice that is updated in place may become a copy whose address the loop counts up, which fits into no CUDA graph
+    and keeps the whole loop out of it.
+    """
+    steps = jnp.arange(results.shape[1]).reshape(1, -1, *(1,) * (results.ndim - 2))
+    return jnp.where(steps == number, found[:, None], results)
 
 
 def _ends(tokens: Int[Array, "R"], ends: Int[Array, "R E"]) -> Array:

@@ -10,7 +10,7 @@ from minimax_jax.cache import check_cache_dtype
 
 Config = TypeVar("Config")
 MOST_STEPS = 256  # of one launch
-_AUTO_STEPS = 8
+_AUTO_STEPS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,16 +79,17 @@ class DecodeConfig:
       page_buckets: widths of block tables to compile for, of all steps; None for 8, 32, 128, ..., on a CPU for powers
         of two and three quarters of these.
       steps_per_launch: steps that one executable takes while no prompt waits to be computed; their tokens are read
-        together. "auto" for 8 on a GPU, where launching a step takes the host longer than the device needs for it, but
+        together. "auto" for 16 on a GPU, where launching a step takes the host longer than the device needs for it, but
         1 while anybody streams (`generate_async`), and on a CPU.
-      graph_loops: whether on a GPU such steps are compiled into one CUDA graph with a loop in it, where the driver can.
+      graph_loops: whether on a GPU such steps are compiled into one CUDA graph with a loop in it, where the driver can;
+        with it a launch costs the host as much as one step's.
     """
 
     batch_sizes: tuple[int, ...] | None = None
     enable_padding: bool = True
     page_buckets: tuple[int, ...] | None = None
     steps_per_launch: int | str = "auto"
-    graph_loops: bool = False
+    graph_loops: bool = True
 
     def __post_init__(self) -> None:
         for name in ("batch_sizes", "page_buckets"):

@@ -7,9 +7,14 @@ from typing import Any
 
 import jax
 
-# XLA's own list, and WHILE
-LOOPS_IN_GRAPHS = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE"
+LOOPS_IN_GRAPHS: dict[str, Any] = {
+    # XLA's own list, and WHILE
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE",
+    # kernels that do not need each other's results run side by side: the shared expert's beside the router's
+    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+    # one call that fits into no graph keeps the whole loop out, and sorts by the CUB library are such calls; XLA's own
+    # kernels sort the little there is (beside log probabilities)
+    "xla_gpu_enable_cub_radix_sort": False,
 }
 
 

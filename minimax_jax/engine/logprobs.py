@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minimax_jax.engine.likeliest import likeliest
+from minimax_kernels import likeliest
 
 
 @jax.tree_util.register_dataclass
@@ -26,6 +26,12 @@ class TokenLogprobs:
     ranks: Int[Array, "R"]
     top_ids: Int[Array, "R K"]
     top: Float[Array, "R K"]
+
+
+def empty_logprobs(shape: tuple[int, ...], most: int) -> TokenLogprobs:
+    """Room for what is said about `shape` tokens, with the `most` likeliest ones beside each."""
+    single, several = jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, most), jnp.float32)
+    return TokenLogprobs(single, single.astype(jnp.int32), several.astype(jnp.int32), several)
 
 
 def token_logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "R"], most: int) -> TokenLogprobs:

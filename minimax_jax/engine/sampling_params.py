@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from minimax_jax.engine.generation_config import COLDEST
@@ -118,7 +118,7 @@ class SamplingParams:
                 if token_id >= vocab_size:
                     raise ValueError(f"{name} has token id {token_id}: must be within 0..{vocab_size - 1}")
 
-    def ends(self, end_ids: Sequence[int]) -> tuple[int, ...]:
+    def ends(self, end_ids: Iterable[int]) -> tuple[int, ...]:
         """The tokens that end an answer, of which `end_ids` are the model's end-of-text tokens."""
         return tuple(self.stop_token_ids) if self.ignore_eos else (*self.stop_token_ids, *end_ids)
 

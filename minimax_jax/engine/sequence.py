@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence as Rows
 from typing import Any
 
 import numpy as np
@@ -130,11 +131,16 @@ class Sequence:
 
     def append(self, token: int) -> None:
         """The value of the oldest pending token has arrived."""
-        if self.num_known == len(self._tokens):
-            room = min(2 * len(self._tokens), self.num_prompt + self.max_new)
+        self.extend((token,))
+
+    def extend(self, tokens: Rows[int]) -> None:
+        """The values of the oldest pending tokens have arrived."""
+        end = self.num_known + len(tokens)
+        if end > len(self._tokens):
+            room = min(max(2 * len(self._tokens), end), self.num_prompt + self.max_new)
             grown = np.empty(room, np.int32)
-            grown[: self.num_known] = self._tokens
+            grown[: self.num_known] = self.known
             self._tokens = grown
-        self._tokens[self.num_known] = token
-        self.num_known += 1
-        self.num_pending -= 1
+        self._tokens[self.num_known : end] = tokens
+        self.num_known = end
+        self.num_pending -= len(tokens)

@@ -205,7 +205,7 @@ class Steps:
                 functools.partial(self._layers_rank, leaves),
                 functools.partial(self._pick_rank, leaves, features=features),
                 caches, state, first, rows, counts,
-                num_steps=num_steps, page_size=self._config.index_block_size,
+                num_steps=num_steps, page_size=self._config.index_block_size, num_logprobs=features.num_logprobs,
             )  # fmt: skip
 
         given = (self._weights, self._caches, self._rows, self._rows, self._rows, self._rows)

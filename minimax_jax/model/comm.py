@@ -18,16 +18,15 @@ class Experts(Protocol):
         expert_ids: Int[Array, "S k"],
         weights: Float[Array, "S k"],
         addend: Float[Array, "S H"] | None = None,
+        first_expert: Int[Array, ""] | int = 0,
         /,
     ) -> Float[Array, "S H"]:
-        """Rows, local expert ids and weights to each row's weighted sum, plus its addend if there are such."""
+        """Rows, expert ids and weights to each row's weighted sum, plus its addend if there are such.
+
+        Args:
+          first_expert: the id of this rank's first expert; ids of other ranks' experts, and negative ones, add nothing.
+        """
         ...
-
-
-def local_expert_ids(expert_ids: Int[Array, "S k"], first: Int[Array, ""] | int, count: int) -> Int[Array, "S k"]:
-    """Ids of all ranks' experts as those of the rank that holds `count` from `first` on; others' become `count`."""
-    local = expert_ids - first
-    return jnp.where((local >= 0) & (local < count), local, count)
 
 
 class Comm:
@@ -73,7 +72,6 @@ class Comm:
         """Brings tokens to the ranks of their experts, runs `experts` on what is there, brings the sums back, and adds.
 
         Args:
-          experts: an id from the number of local experts on stands for none.
           expert_ids: of all ranks' experts.
           shared: what every token gets besides, from where it is; may run while sums come back.
         """

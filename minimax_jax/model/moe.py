@@ -65,14 +65,15 @@ class Experts(nnx.Module):
         expert_ids: Int[Array, "T k"],
         weights: Float[Array, "T k"],
         addend: Float[Array, "T H"] | None = None,
+        first_expert: Int[Array, ""] | int = 0,
     ) -> Float[Array, "T H"]:
         """Weighted sum of each token's experts, added up in float32 in the token's own order of experts; then `addend`.
 
-        Ids from the number of experts on stand for experts elsewhere and add nothing.
+        Experts elsewhere add nothing: ids outside first_expert..first_expert + E - 1 are theirs.
         """
         return routed_experts(
             x, expert_ids, weights, self.gate_up_proj.get_value(), self.down_proj.get_value(), addend,
-            activation=swiglu(self.config), num_experts=self.config.num_local_experts,
+            first_expert, activation=swiglu(self.config), num_experts=self.config.num_local_experts,
         )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minimax_jax.model.comm import Experts, local_expert_ids
+from minimax_jax.model.comm import Experts
 from minimax_jax.parallel.config import EXPERTS, OUTER, REPLICA, REQUESTS, TOKENS, ParallelConfig
 from minimax_jax.parallel.expert_routes import summed, taken, token_routes
 from minimax_jax.parallel.ragged_exchange import ragged_exchange
@@ -39,17 +39,17 @@ class ExpertDispatch:
         weights: Float[Array, "T k"],
         shared: Callable[[Float[Array, "T H"]], Float[Array, "T H"]],
     ) -> Float[Array, "T H"]:
-        """`experts` is given rows, ids of this rank's experts, and weights; ids of others are `experts_per_rank`.
+        """`experts` is given rows, ids of all ranks' experts, weights, and which of the ids is this rank's first.
 
         `shared` is for this rank's own tokens, and runs while the experts' sums are on their way back.
         """
         if not self._requests:
-            return experts(x, self._local_ids(expert_ids), weights, shared(x))
+            return experts(x, expert_ids, weights, shared(x), self._first_expert())
         all_ids, all_weights = self._all_choices(expert_ids, weights)
         if self._exchanges(all_ids.shape[0]):
             outputs, come_back = self._by_all_to_all(experts, x, all_ids, all_weights)
         else:
-            outputs = experts(self._rows.gather(x), self._local_ids(all_ids), all_weights)
+            outputs = experts(self._rows.gather(x), all_ids, all_weights, None, self._first_expert())
             come_back = self._rows.scatter_sums
         # else XLA may merge the shared expert's products with the router's, before anything is under way
         outputs, x = jax.lax.optimization_barrier((outputs, x))
@@ -68,11 +68,8 @@ class ExpertDispatch:
         choices = jax.lax.all_gather(choices, self._requests, tiled=True)
         return choices[:, 0], jax.lax.bitcast_convert_type(choices[:, 1], jnp.float32)
 
-    def _local_ids(self, expert_ids: Int[Array, "S k"]) -> Int[Array, "S k"]:
-        if not self._experts:
-            return expert_ids
-        first = jax.lax.axis_index(self._experts) * self._experts_per_rank
-        return local_expert_ids(expert_ids, first, self._experts_per_rank)
+    def _first_expert(self) -> Int[Array, ""] | int:
+        return jax.lax.axis_index(self._experts) * self._experts_per_rank if self._experts else 0
 
     def _by_all_to_all(
         self, experts: Experts, x: Float[Array, "t H"], all_ids: Int[Array, "n*t k"], all_weights: Float[Array, "n*t k"]
@@ -86,8 +83,8 @@ class ExpertDispatch:
             destinations = jnp.where(here, destinations, ranks)
         routes = token_routes(destinations.reshape(ranks, -1, all_ids.shape[1]), jax.lax.axis_index(self._requests))
         rows = ragged_exchange(x[routes.sent], *routes.there, num_rows=all_ids.shape[0], axes=self._requests)
-        ids = taken(self._local_ids(all_ids), routes.arrived, self._experts_per_rank)
-        outputs = experts(rows, ids, taken(all_weights, routes.arrived, 0.0))
+        ids = taken(all_ids, routes.arrived, -1)  # an expert that nobody has
+        outputs = experts(rows, ids, taken(all_weights, routes.arrived, 0.0), None, self._first_expert())
 
         def come_back(outputs: Float[Array, "n*t H"]) -> Float[Array, "t H"]:
             answers = ragged_exchange(outputs, *routes.back, num_rows=routes.sent.shape[0], axes=self._requests)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minimax_jax.model.comm import Comm, Experts, local_expert_ids
+from minimax_jax.model.comm import Comm, Experts
 
 
 class SliceComm(Comm):
@@ -50,9 +50,8 @@ class SliceComm(Comm):
         weights: Float[Array, "T k"],
         shared: Callable[[Float[Array, "T H"]], Float[Array, "T H"]],
     ) -> Float[Array, "T H"]:
-        """All tokens are here; ids of experts elsewhere become the number of experts here, which none has."""
-        local = local_expert_ids(expert_ids, self._expert_place * self._experts, self._experts)
-        return experts(x, local, weights, shared(x))
+        """All tokens are here."""
+        return experts(x, expert_ids, weights, shared(x), self._expert_place * self._experts)
 
 
 def _copied(x: Float[Array, "T H"]) -> Float[Array, "T H"]:

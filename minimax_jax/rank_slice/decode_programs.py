@@ -70,7 +70,7 @@ class DecodePrograms:
         batch: Any = Batch(ids(rows, width), ids(rows + 1), ids(rows))
         step = StepInputs(ids(rows), ids(rows), ids(rows), ids(rows), batch, ids(rows))
         leaves, caches, state = shapes((leaves, runner.pool.caches, runner._state))
-        options: dict[str, str] | None = None
+        options: dict[str, Any] | None = None
         if self._on_gpu:
             in_graphs = LOOPS_IN_GRAPHS if launching.steps > 1 else None  # XLA's own choice has all but loops
             options = in_graphs if launching.graphs else _NO_GRAPHS

@@ -42,8 +42,8 @@ def test_unknown_executions_are_named(model, capsys):
 
 
 def test_auto_segments_large_steps_of_accelerators_and_deep_models_of_cpus():
-    assert prefill_execution("auto", 1024, 2, "gpu") == "segmented"
-    assert prefill_execution("auto", 1023, 60, "gpu") == "whole"
+    assert prefill_execution("auto", 2048, 2, "gpu") == "segmented"
+    assert prefill_execution("auto", 2047, 60, "gpu") == "whole"
     assert prefill_execution("auto", 8192, 11, "cpu") == "whole"
     assert prefill_execution("auto", 1, 12, "cpu") == "segmented"
     assert prefill_execution("segmented", 1, 2, "cpu") == "segmented"

@@ -105,6 +105,26 @@ def test_answers_end_in_the_middle_of_a_launch(one, ahead):
     check_nothing_left(ahead)
 
 
+def test_tokens_that_nobody_looks_at_are_taken_together():
+    """Without texts and log probabilities: ids, reasons and reuse are those of single steps, wherever answers end."""
+    plain = small_model()
+    given = [random_prompt(20 + i, seed=i) for i in range(8)]
+    how = {"temperature": 1.1, "ignore_eos": True}
+    outputs = []
+    for steps in (1, STEPS):
+        with checked(small_llm(plain, steps=steps)) as llm:
+            (free,) = llm.generate(given[:1], SamplingParams(seed=0, max_tokens=40, **how))
+            ids = free.outputs[0].token_ids
+            params = [SamplingParams(seed=i, max_tokens=count, **how) for i, count in enumerate((1, 2, 6, 7, 33, 80))]
+            params += [SamplingParams(seed=0, max_tokens=40, stop_token_ids=[ids[place]], **how) for place in (6, 22)]
+            first = llm.generate([*given[:6], given[0], given[0]], params)
+            again = llm.generate([[*given[4], *answers(first)[4].token_ids, 5]], SamplingParams(max_tokens=9, **how))
+            outputs.append([answers([free]), answers(first), answers(again), llm.stats().reuse_found])
+            check_nothing_left(llm)
+    assert outputs[0] == outputs[1]
+    assert [answer.finish_reason for answer in outputs[1][1]] == ["length"] * 6 + ["stop"] * 2
+
+
 def test_logits_that_are_no_numbers_end_their_request_in_the_middle_of_a_launch(one, ahead):
     """The poisoned token is chosen somewhere on the way, and the logits after it are NaN."""
     params = [SamplingParams(seed=i, **{**PARAMS, "logit_bias": {POISON: float(i % 3)}}) for i in range(7)]
@@ -144,7 +164,7 @@ def test_a_client_that_leaves_between_launches_changes_nothing_for_others(one, a
 
 
 def test_by_itself_the_engine_runs_ahead_on_a_gpu_and_not_while_somebody_streams(ahead, monkeypatch):
-    assert [DecodeConfig().steps_on(platform) for platform in ("gpu", "cpu")] == [8, 1]
+    assert [DecodeConfig().steps_on(platform) for platform in ("gpu", "cpu")] == [16, 1]
     monkeypatch.setattr(ahead._core, "_run_ahead", RunAhead(STEPS, while_streaming=False))
     before = ahead.stats()
 

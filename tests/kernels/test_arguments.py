@@ -33,6 +33,9 @@ ARGS = {
         "x": jnp.zeros((5, 32)), "expert_ids": jnp.zeros((5, 2), jnp.int32), "weights": jnp.zeros((5, 2)),
         "gate_up": jnp.zeros((3, 32, 8)), "down": jnp.zeros((3, 4, 32)), "activation": SWIGLU,
     },
+    "sampling_cut": {
+        "scaled": jnp.zeros((5, 8)), "top_k": jnp.ones(5, jnp.int32), "top_p": jnp.ones(5), "min_p": jnp.zeros(5),
+    },
     "write_index": {
         "index_cache": jnp.zeros((6, 16, 8)), "idx_k": jnp.zeros((5, 8)), "slots": jnp.arange(5, dtype=jnp.int32),
     },
@@ -148,6 +151,14 @@ ERRORS = {
         ({"num_chosen": 0}, "num_chosen = 0: must be an integer >= 1"),
         ({"num_chosen": 9}, "num_chosen = 9: must be at most logits' E = 8"),
     ],
+    "sampling_cut": [
+        ({"scaled": jnp.zeros(8)}, r"scaled has shape \(8,\): must be \[R, V\]"),
+        ({"scaled": jnp.zeros((5, 8), jnp.bfloat16)}, "scaled is bfloat16: must be float32"),
+        ({"top_k": jnp.ones(5)}, "top_k is float32: must be int32"),
+        ({"top_p": jnp.ones(4)}, "top_p has R = 4: must be 5, as in scaled"),
+        ({"candidates": 0}, "candidates = 0: must be an integer >= 1"),
+        ({"scaled": jnp.zeros((5, 0))}, "scaled's V = 0: must be an integer >= 1"),
+    ],
     "route_tokens": [
         ({"x": jnp.zeros((5, 32), jnp.int32)}, "x is int32: must be one of"),
         ({"weight": jnp.zeros((16, 8))}, "weight has H = 16: must be 32, as in x"),
@@ -174,6 +185,8 @@ ERRORS = {
         ({"weights": jnp.zeros((5, 3))}, r"weights is float32 of shape \(5, 3\): must be floating, of expert_ids'"),
         ({"addend": jnp.zeros((4, 32))}, r"addend is float32 of shape \(4, 32\): must be float32 of \(5, 32\), as x"),
         ({"num_experts": 0}, "num_experts = 0: must be an integer >= 1"),
+        ({"first_expert": 0.5}, r"first_expert is float32 of shape \(\): must be one integer"),
+        ({"first_expert": jnp.arange(2)}, r"first_expert is int32 of shape \(2,\): must be one integer"),
         ({"gate_up": jnp.zeros((3, 16, 8))}, "gate_up has H = 16: must be 32, as in x"),
         ({"gate_up": jnp.zeros((3, 32, 7))}, "gate_up's last axis = 7: must be a multiple of the number of halves"),
         ({"down": jnp.zeros((2, 4, 32))}, "down has E = 2: must be 3, as in gate_up"),

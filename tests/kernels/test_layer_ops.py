@@ -58,7 +58,9 @@ def test_choose_experts(impl, experts):
     check()
 
 
-@pytest.mark.parametrize(("tokens", "hidden", "experts"), [(1, 96, 16), (13, 48, 6), (64, 1056, 128)])
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "experts"), [(1, 96, 16), (3, 6160, 130), (4, 7 * 128, 6), (13, 48, 6), (64, 1056, 128)]
+)
 def test_route_tokens_chooses_by_the_whole_sum(tokens, hidden, experts):
     """Of integers, whose sums are exact in any order: bit by bit the product and then the choice."""
     routed, of_logits = (
@@ -141,15 +143,15 @@ def sort_in_numpy(ids, experts):
 def test_sorted_pairs(way, tokens, experts):
     sorts = {"one program": sort_few_pairs, "programs": sort_many_pairs}
     if way in sorts:
-        run = jax.jit(lambda ids: sorts[way](ids, experts, interpret=True))
+        run = jax.jit(lambda ids, first: sorts[way](ids, experts, first, interpret=True))
     else:
-        run = jax.jit(lambda ids: sort_pairs(ids, experts))
+        run = jax.jit(lambda ids, first: sort_pairs(ids, experts, first))
 
     @EXAMPLES
-    @given(seed=st.integers(0, 1000), spread=st.sampled_from([1, 2, 40]))
-    def check(seed, spread):
+    @given(seed=st.integers(0, 1000), spread=st.sampled_from([1, 2, 40]), first=st.sampled_from([0, 3, 112]))
+    def check(seed, spread, first):
         ids = np.random.default_rng(seed).integers(-2, spread, (tokens, 3)).astype(np.int32)
-        for found, expected in zip(run(ids), sort_in_numpy(ids, experts), strict=True):
+        for found, expected in zip(run(ids + first, first), sort_in_numpy(ids, experts), strict=True):
             np.testing.assert_array_equal(found, expected)
 
     check()

@@ -204,3 +204,10 @@ def test_norms_and_routers_lower():
     assert KERNEL in lowered("choose_experts", SHAPE((77, 128), f32), SHAPE((128,), f32), num_chosen=4, scale=2.0)
     router = SHAPE((7, 6144), jnp.bfloat16), SHAPE((6144, 128), f32), SHAPE((128,), f32)
     assert lowered("route_tokens", *router, num_chosen=4).count(KERNEL) == 2, "partial logits and the choice"
+
+
+@pytest.mark.parametrize(("vocab_size", "launches"), [(300, 1), (25_008, 2), (200_064, 2)])
+def test_sampling_lowers(vocab_size, launches):
+    rows = [SHAPE((64,), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)]
+    text = lowered("sampling_cut", SHAPE((64, vocab_size), jnp.float32), *rows)
+    assert text.count(KERNEL) == launches and "stablehlo.sort" not in text and "chlo.top_k" not in text

@@ -186,8 +186,13 @@ def test_routed_experts(tokens, quantised):
     """Experts here and elsewhere, some without tokens; poisoned where nothing may be read."""
 
     @EXAMPLES
-    @given(here=st.sampled_from([0.0, 0.5, 1.0]), only=st.sampled_from([None, 2]), seed=st.integers(0, 100))
-    def check(here, only, seed):
+    @given(
+        here=st.sampled_from([0.0, 0.5, 1.0]),
+        only=st.sampled_from([None, 2]),
+        first=st.sampled_from([0, 5]),
+        seed=st.integers(0, 100),
+    )
+    def check(here, only, first, seed):
         random = np.random.default_rng(seed)
         x = rows_of(random, tokens, HIDDEN) * 0.05
         (gate_up, wide_gate_up), (down, wide_down) = (
@@ -206,10 +211,10 @@ def test_routed_experts(tokens, quantised):
             gate_up, down = gate_up.at[unused].set(jnp.nan), down.at[unused].set(jnp.nan)
         weights = random.random(ids.shape).astype(np.float32)
         run = jitted("routed_experts", activation=ACTIVATION, num_experts=2 * EXPERTS)
-        result = np.asarray(run(x, ids, weights, gate_up, down), np.float64)
+        result = np.asarray(run(x, ids + first, weights, gate_up, down, None, first), np.float64)
         if quantised and tokens < 200:
             addend = rows_of(random, tokens, HIDDEN) * jnp.bfloat16(result.std())
-            together = run(x, ids, weights, gate_up, down, addend)
+            together = run(x, ids + first, weights, gate_up, down, addend, first)
             np.testing.assert_array_equal(together, jnp.asarray(result, jnp.bfloat16) + addend)
         expected = experts_in_float64(np.asarray(x, np.float64), ids, weights, wide_gate_up, wide_down)
         np.testing.assert_allclose(result, expected, atol=0.02 * max(np.abs(expected).max(), 1e-3))

@@ -37,10 +37,12 @@ def parallel_of(way):
 
 
 def experts_of(factors):
-    """Experts that multiply by a number each; their ids are local ones, of which `len(factors)` is none."""
+    """Experts that multiply by a number each."""
 
-    def run(x, expert_ids, weights, addend=None):
-        known = jnp.where(expert_ids < factors.shape[0], factors[jnp.minimum(expert_ids, factors.shape[0] - 1)], 0)
+    def run(x, expert_ids, weights, addend=None, first_expert=0):
+        local = expert_ids - first_expert
+        here = (local >= 0) & (local < factors.shape[0])
+        known = jnp.where(here, factors[jnp.where(here, local, 0)], 0)
         total = x * (known * weights).sum(axis=1, keepdims=True)
         return total if addend is None else total + addend
 

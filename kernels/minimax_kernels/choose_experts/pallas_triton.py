@@ -16,9 +16,10 @@ from jaxtyping import Array, Float, Int
 
 from minimax_kernels.triton_call import Launch, ceil_div, next_power_of_two, triton_call
 
-TOKENS, TOKENS_OF_SUMS = 8, 4  # of a program; with sums to read, more programs read at a time
+TOKENS = 8  # of a program
 MOST_EXPERTS, MOST_CHOSEN = 512, 16
 LAUNCH = Launch(num_warps=4, num_stages=1)
+LAUNCH_OF_SUMS = Launch(num_warps=1, num_stages=1)  # with sums to read a program takes one token: its warp never waits
 
 
 def choose_experts(
@@ -45,13 +46,13 @@ def choose_experts_of_sums(
     shape = (num_tokens, num_chosen)
     if num_tokens == 0:
         return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
-    tokens = TOKENS if splits == 1 else TOKENS_OF_SUMS
+    tokens, launch = (TOKENS, LAUNCH) if splits == 1 else (1, LAUNCH_OF_SUMS)
     return triton_call(
         functools.partial(_choose_kernel, tokens=tokens, num_chosen=num_chosen, scale=scale),
         [sums, bias],
         (jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)),
         grid=(ceil_div(num_tokens, tokens),),
-        launch=LAUNCH,
+        launch=launch,
         name="choose_experts",
         interpret=interpret,
     )
@@ -64,7 +65,9 @@ def _choose_kernel(
     token = pl.program_id(0) * tokens + jnp.arange(tokens, dtype=jnp.int32)
     expert = jnp.arange(next_power_of_two(num_experts), dtype=jnp.int32)
     real = expert < num_experts
-    at = jnp.minimum(token, num_tokens - 1)[:, None], jnp.minimum(expert, num_experts - 1)[None, :]
+    # where all are real, neighbours are known to be neighbours, and four are one load
+    at_expert = expert if len(expert) == num_experts else jnp.minimum(expert, num_experts - 1)
+    at = jnp.minimum(token, num_tokens - 1)[:, None], at_expert[None, :]
     logits = sums_ref[(0, *at)]
     for split in range(1, splits):  # unrolled: all loads are under way together
         logits += sums_ref[(split, *at)]

@@ -26,6 +26,11 @@ COLUMNS, INPUTS = 32, 16  # of a program, and of one of its steps: more inputs w
 MOST_SPLITS = 32
 LAUNCH = Launch(num_warps=4, num_stages=4)
 
+FEW_TOKENS = 4  # up to which a program keeps its part of the weight in registers and multiplies token by token
+FEW_INPUTS = 128  # of a step of such a program, all loaded at once: 32 numbers a thread
+FEW_SPLITS = 64
+FEW_LAUNCH = Launch(num_warps=4, num_stages=1)
+
 
 def route_tokens(
     x: Float[Array, "T H"],
@@ -50,24 +55,53 @@ def partial_logits(
 ) -> Float[Array, "splits T E"]:
     """What sums to x @ weight over the first axis, float32; each of a range of inputs."""
     num_tokens, (in_features, num_experts) = x.shape[0], weight.shape
-    columns, steps = max(min(next_power_of_two(num_experts), COLUMNS), LEAST_TILE), in_features // INPUTS
+    columns = max(min(next_power_of_two(num_experts), COLUMNS), LEAST_TILE)
     tiles = ceil_div(num_experts, columns)
-    splits = min(NUM_SMS // tiles or 1, steps, MOST_SPLITS)
+    kernel: functools.partial[None]
+    if num_tokens <= FEW_TOKENS:
+        steps = ceil_div(in_features, FEW_INPUTS)
+        per_split = ceil_div(steps, FEW_SPLITS)
+        splits, launch = ceil_div(steps, per_split), FEW_LAUNCH
+        kernel = functools.partial(_few_logits_kernel, columns=columns, per_split=per_split)
+    else:
+        steps = in_features // INPUTS
+        splits, launch = min(NUM_SMS // tiles or 1, steps, MOST_SPLITS), LAUNCH
+        kernel = functools.partial(
+            _logits_kernel, rows=max(next_power_of_two(num_tokens), LEAST_TILE), columns=columns, steps=steps,
+            per_split=ceil_div(steps, splits),
+        )  # fmt: skip
     shape = (splits, num_tokens, num_experts)
     if num_tokens == 0:
         return jnp.zeros(shape, jnp.float32)
     return triton_call(
-        functools.partial(
-            _logits_kernel, rows=max(next_power_of_two(num_tokens), LEAST_TILE), columns=columns, steps=steps,
-            per_split=ceil_div(steps, splits),
-        ),
+        kernel,
         [x, weight],
         jax.ShapeDtypeStruct(shape, jnp.float32),
         grid=(tiles, splits),
-        launch=LAUNCH,
+        launch=launch,
         name="router_logits",
         interpret=interpret,
     )  # fmt: skip
+
+
+def _few_logits_kernel(x_ref: Any, weight_ref: Any, out_ref: Any, *, columns: int, per_split: int) -> None:
+    (num_tokens, in_features), num_experts, split = x_ref.shape, weight_ref.shape[1], pl.program_id(1)
+    column = pl.program_id(0) * columns + jnp.arange(columns, dtype=jnp.int32)
+    whole = num_experts % columns == 0  # then neighbours are known to be neighbours, and four are one load
+    at_column = (column if whole else jnp.minimum(column, num_experts - 1))[None, :]
+    totals = [jnp.zeros((columns,), jnp.float32)] * num_tokens
+    for step in range(per_split):
+        inputs = (split * per_split + step) * FEW_INPUTS + jnp.arange(FEW_INPUTS, dtype=jnp.int32)
+        there, at = inputs < in_features, jnp.minimum(inputs, in_features - 1)
+        w = weight_ref[at[:, None], at_column]
+        for token in range(num_tokens):
+            x = plgpu.load(x_ref.at[jnp.full_like(at, token), at], mask=there, other=0.0).astype(jnp.float32)
+            totals[token] += jnp.sum(x[:, None] * w, axis=0)
+    to = jnp.minimum(column, num_experts)
+    for token, total in enumerate(totals):
+        plgpu.store(
+            out_ref.at[jnp.full_like(to, split), jnp.full_like(to, token), to], total, mask=column < num_experts
+        )
 
 
 def _logits_kernel(

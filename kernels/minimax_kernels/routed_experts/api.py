@@ -22,6 +22,7 @@ def routed_experts(
     gate_up: Weight,
     down: Weight,
     addend: Float[Array, "T H"] | None = None,
+    first_expert: Int[Array, ""] | int = 0,
     *,
     activation: Swiglu,
     num_experts: int | None = None,
@@ -30,12 +31,15 @@ def routed_experts(
     """Sum over a token's experts e of weight * (activation(x @ gate_up[e]) @ down[e]).
 
     Products accumulate in float32 and are rounded to x's type, the activation is float32, and the sum is float32 in
-    the token's own order of experts. Ids outside 0..E - 1 stand for experts elsewhere and add nothing.
+    the token's own order of experts. Ids outside first_expert..first_expert + E - 1 stand for experts elsewhere and add
+    nothing.
 
     Args:
       gate_up: [E, H, 2 * F], [gate | up].
       down: [E, F, H].
       addend: of x's type, what each token gets besides (a shared expert's output), added to the rounded sum.
+      first_expert: the id of expert 0 here, at least 0; where ranks hold experts each, its place times E. It is data to
+        the kernels, so that no launch renames the ids.
       num_experts: how many experts the ids were chosen from, here and elsewhere, at least 1; None if all are here. A
         guess of how many rows come here, from which tiles are chosen; any number gives the same result.
 
@@ -55,6 +59,11 @@ def routed_experts(
         )
     if num_experts is not None:
         checks.check_positive("num_experts", num_experts)
+    first_expert = jnp.asarray(first_expert)
+    if first_expert.shape != () or not jnp.issubdtype(first_expert.dtype, jnp.integer):
+        raise ValueError(
+            f"first_expert is {first_expert.dtype} of shape {tuple(first_expert.shape)}: must be one integer"
+        )
     check_weight("gate_up", gate_up, "[E, H, 2F]")
     check_weight("down", down, "[E, F, H]")
     checks.check_multiple("gate_up's last axis", gate_up.shape[2], "the number of halves", 2)
@@ -71,5 +80,5 @@ def routed_experts(
         )
     return dispatch(
         "routed_experts", _IMPLEMENTATIONS, impl, x, expert_ids, weights, gate_up, down, addend,
-        differentiable=True, activation=activation, num_experts=num_experts,
+        first_expert.astype(jnp.int32), differentiable=True, activation=activation, num_experts=num_experts,
     )  # fmt: skip

@@ -26,6 +26,7 @@ def routed_experts(
     gate_up: Weight,
     down: Weight,
     addend: Float[Array, "T H"] | None = None,
+    first_expert: Int[Array, ""] | int = 0,
     *,
     activation: Swiglu,
     num_experts: int | None = None,
@@ -37,7 +38,7 @@ def routed_experts(
     if expert_ids.size == 0:
         return jnp.zeros_like(x) if addend is None else addend
     launch = INTERPRETED if interpret else MosaicLaunch()
-    pairs = sort_any_pairs(expert_ids, gate_up.shape[0], interpret=interpret)
+    pairs = sort_any_pairs(expert_ids, gate_up.shape[0], first_expert, interpret=interpret)
     tiles = cut_rows(pairs.group_sizes, expert_ids.size, launch.widths, interpret=interpret)
     rows = gather_rows(x, pairs.group_sizes, pairs.source, interpret=interpret)
     gated = multiply_sorted(rows, gate_up, tiles, launch=launch, activation=activation, interpret=interpret)

@@ -30,6 +30,7 @@ def routed_experts(
     gate_up: Weight,
     down: Weight,
     addend: Float[Array, "T H"] | None = None,
+    first_expert: Int[Array, ""] | int = 0,
     *,
     activation: Swiglu,
     num_experts: int | None = None,
@@ -42,7 +43,7 @@ def routed_experts(
         return jnp.zeros_like(x) if addend is None else addend
     local, hidden, width = gate_up.shape
     num_rows = expert_ids.size
-    pairs = sort_any_pairs(expert_ids, local, interpret=interpret)
+    pairs = sort_any_pairs(expert_ids, local, first_expert, interpret=interpret)
     rows_here = num_rows if num_experts is None else min(max(num_rows * local // num_experts, 1), num_rows)
     half = largest_divisor(width // 2, 1 << 30)
     sizes: dict[str, Any] = {"all_rows": num_rows, "quantized": isinstance(gate_up, Mxfp8)}

@@ -21,12 +21,14 @@ def routed_experts(
     gate_up: Weight,
     down: Weight,
     addend: Float[Array, "T H"] | None = None,
+    first_expert: Int[Array, ""] | int = 0,
     *,
     activation: Swiglu,
     num_experts: int | None = None,
 ) -> Float[Array, "T H"]:
     """See `minimax_kernels.routed_experts`."""
     num_tokens, per_token = expert_ids.shape
+    expert_ids = expert_ids.astype(jnp.int32) - first_expert
     if num_tokens <= _FEW_TOKENS and num_tokens * per_token >= gate_up.shape[0]:
         outputs = _outputs_of_all(x, expert_ids, gate_up, down, activation)
     else:

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int
 
-from minimax_kernels.routed_experts.sort_few import choices, store_places
+from minimax_kernels.routed_experts.sort_few import choices, one_number, store_places
 from minimax_kernels.routed_experts.sorting import SortedPairs
 from minimax_kernels.triton_call import Launch, ceil_div, next_power_of_two, triton_call
 
@@ -29,9 +29,11 @@ def can_sort_many(num_pairs: int, num_experts: int) -> bool:
     return experts <= CELLS // 32 and next_power_of_two(ceil_div(num_pairs, CELLS // experts)) * experts <= MOST_COUNTS
 
 
-def sort_many_pairs(expert_ids: Int[Array, "T k"], num_experts: int, *, interpret: bool) -> SortedPairs:
+def sort_many_pairs(
+    expert_ids: Int[Array, "T k"], num_experts: int, first_expert: Int[Array, ""] | int = 0, *, interpret: bool
+) -> SortedPairs:
     """As `sort_pairs`."""
-    ids = expert_ids.reshape(-1)
+    ids, first = expert_ids.reshape(-1), one_number(first_expert)
     experts = next_power_of_two(num_experts + 1)
     pairs = CELLS // experts
     programs = ceil_div(ids.shape[0], pairs)
@@ -39,11 +41,15 @@ def sort_many_pairs(expert_ids: Int[Array, "T k"], num_experts: int, *, interpre
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     sizes: dict[str, Any] = {"pairs": pairs, "num_experts": num_experts}
     counts = triton_call(
-        functools.partial(_count_kernel, **sizes), [ids], shape((programs, experts)), name="count_pairs", **options
+        functools.partial(_count_kernel, **sizes),
+        [ids, first],
+        shape((programs, experts)),
+        name="count_pairs",
+        **options,
     )
     group_sizes, source, place = triton_call(
         functools.partial(_place_kernel, per_token=expert_ids.shape[1], **sizes),
-        [ids, counts],
+        [ids, first, counts],
         (shape((num_experts,)), shape(ids.shape), shape(ids.shape)),
         name="place_pairs",
         **options,
@@ -55,14 +61,14 @@ def _own_pairs(pairs: int) -> Int[Array, "pairs"]:
     return pl.program_id(0) * pairs + jnp.arange(pairs, dtype=jnp.int32)
 
 
-def _count_kernel(ids_ref: Any, counts_ref: Any, *, pairs: int, num_experts: int) -> None:
-    chosen = choices(ids_ref, _own_pairs(pairs), num_experts)
+def _count_kernel(ids_ref: Any, first_ref: Any, counts_ref: Any, *, pairs: int, num_experts: int) -> None:
+    chosen = choices(ids_ref, first_ref, _own_pairs(pairs), num_experts)
     expert = jnp.arange(chosen.shape[1], dtype=jnp.int32)
     counts_ref[jnp.full_like(expert, pl.program_id(0)), expert] = jnp.sum(chosen, axis=0, dtype=jnp.int32)
 
 
 def _place_kernel(
-    ids_ref: Any, counts_ref: Any, sizes_ref: Any, source_ref: Any, place_ref: Any, *,
+    ids_ref: Any, first_ref: Any, counts_ref: Any, sizes_ref: Any, source_ref: Any, place_ref: Any, *,
     pairs: int, num_experts: int, per_token: int,
 ) -> None:  # fmt: skip
     programs, experts = counts_ref.shape
@@ -74,6 +80,8 @@ def _place_kernel(
     before = jnp.sum(jnp.where((program < pl.program_id(0))[:, None], counts, 0), axis=0, dtype=jnp.int32)
     starts = jnp.cumsum(sizes, dtype=jnp.int32) - sizes + before
     pair = _own_pairs(pairs)
-    store_places(pair, choices(ids_ref, pair, num_experts), starts, source_ref, place_ref, per_token=per_token)
+    store_places(
+        pair, choices(ids_ref, first_ref, pair, num_experts), starts, source_ref, place_ref, per_token=per_token
+    )
     first = (expert < num_experts) & (pl.program_id(0) == 0)
     plgpu.store(sizes_ref.at[jnp.minimum(expert, num_experts)], sizes, mask=first)

@@ -25,10 +25,10 @@ class SortedPairs(NamedTuple):
     place: Int[Array, "T k"]
 
 
-def sort_pairs(expert_ids: Int[Array, "T k"], num_experts: int) -> SortedPairs:
-    """Sorts; ids outside 0..num_experts - 1 stand for experts elsewhere."""
+def sort_pairs(expert_ids: Int[Array, "T k"], num_experts: int, first_expert: Int[Array, ""] | int = 0) -> SortedPairs:
+    """Sorts; ids outside first_expert..first_expert + num_experts - 1 stand for experts elsewhere."""
     num_tokens, per_token = expert_ids.shape
-    ids = expert_ids.reshape(-1).astype(jnp.int32)
+    ids = expert_ids.reshape(-1).astype(jnp.int32) - first_expert
     ids = jnp.where((ids >= 0) & (ids < num_experts), ids, num_experts)
     pairs = jnp.arange(ids.shape[0], dtype=jnp.int32)
     group_sizes = (ids[:, None] == jnp.arange(num_experts, dtype=jnp.int32)).sum(axis=0, dtype=jnp.int32)
