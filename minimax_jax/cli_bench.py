@@ -56,7 +56,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
         type=_steps,
         default="auto",
         metavar="N",
-        help="decode steps of one executable; auto: 8 on a GPU, 1 on a CPU (default: auto)",
+        help="decode steps of one executable; auto: 16 on a GPU, 1 on a CPU (default: auto)",
     )
     add("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N", help="of the random prompts (default: 0)")
     add("--out", type=Path, default=Path("bench"), metavar="DIR", help="folder for the results (default: bench)")

@@ -101,6 +101,13 @@ class LLM:
                 f"max_num_tokens = {max_num_tokens}: must be at least max_batch_size = {max_batch_size}, a token for "
                 "each sequence"
             )
+        if not isinstance(enable_attention_dp, bool):
+            raise ValueError(f"enable_attention_dp = {enable_attention_dp!r}: must be True or False")
+        if parallel is not None and not isinstance(parallel, ParallelConfig):
+            raise ValueError(f"parallel = {parallel!r}: must be a ParallelConfig or None")
+        for name, number in (("seed", seed), ("max_seq_len", 2 if max_seq_len is None else max_seq_len)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+                raise ValueError(f"{name} = {number!r}: must be an integer >= 0")
         if warm_up not in (None, True, False, "all"):
             raise ValueError(f"warm_up = {warm_up!r}: must be None, True, False or 'all'")
         sizes = _parallel(tensor_parallel_size, moe_expert_parallel_size, enable_attention_dp)
@@ -113,6 +120,9 @@ class LLM:
         if isinstance(model, MiniMaxM3ForCausalLM):
             if spread is not None:
                 raise ValueError("tensor_parallel_size: must be 1 for a loaded model, which has its own layout")
+            for name, option in (("dtype", dtype), ("quantization", quantization)):
+                if not isinstance(option, str) or option != "auto":
+                    raise ValueError(f"{name} = {option!r}: must be 'auto' for a loaded model, which has its own")
             self.model = model
         else:
             self.model = MiniMaxM3ForCausalLM.from_pretrained(
@@ -188,6 +198,8 @@ class LLM:
           TypeError, ValueError: if the arguments are no prompts or do not go together.
           EngineClosedError: after `close`.
         """
+        if isinstance(prompts, Mapping) or not (hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__")):
+            raise TypeError(f"prompts: must be texts or lists of token ids, one or many, got {type(prompts).__name__}")
         single = isinstance(prompts, str) or (len(prompts) > 0 and not _is_prompt(prompts[0]))
         many: list[Any] = [prompts] if single else list(prompts)
         params = self._spread(sampling_params, len(many))

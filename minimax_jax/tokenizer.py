@@ -66,6 +66,7 @@ class Tokenizer:
         self._backend = backend
         self._source = source
         self._byte_of = _byte_of_char()
+        self._bytes_of: dict[int, bytes] = {}  # of tokens that were met
         self._special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
         self._chat_source = chat_template
         self._chat: ChatTemplate | None = None
@@ -157,6 +158,12 @@ class Tokenizer:
         token_id = _token_id(token_id)
         if skip_special_tokens and token_id in self._special_ids:
             return b""
+        known = self._bytes_of.get(token_id)
+        if known is None:
+            self._bytes_of[token_id] = known = self._find_bytes(token_id)
+        return known
+
+    def _find_bytes(self, token_id: int) -> bytes:
         token = self._backend.id_to_token(token_id)
         if token is None:
             return b""
@@ -213,6 +220,10 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """Take one id and return the text it completed, often empty. Errors are those of `decode`."""
         return self._utf8.decode(self._tokenizer.token_bytes(token_id, self._skip_special_tokens))
+
+    def extend(self, token_ids: Iterable[int]) -> str:
+        """Take several ids and return the text they completed, that of pushing one after the other."""
+        return self._utf8.decode(b"".join(self._tokenizer.token_bytes(i, self._skip_special_tokens) for i in token_ids))
 
     def finish(self) -> str:
         """Return what is held back (U+FFFD for an incomplete character); the stream can then be used afresh."""

@@ -54,6 +54,8 @@ def test_text_survives_encoding_and_streaming(tokenizer, text):
 def test_stream_equals_decode_on_any_ids(tokenizer, data, skip):
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=40))
     assert "".join(streamed(tokenizer, ids, skip)) == tokenizer.decode(ids, skip)
+    stream, cut = TextStream(tokenizer, skip), data.draw(st.integers(0, len(ids)))
+    assert stream.extend(ids[:cut]) + stream.extend(ids[cut:]) + stream.finish() == tokenizer.decode(ids, skip)
 
 
 @given(raw=st.lists(st.sampled_from(list(b"a\x80\xa0\xbf\xc2\xe0\xe3\xed\xef\xf0\xf4\xf5\xff")), max_size=14))

@@ -189,9 +189,9 @@ class EngineCore:
                     continue
                 touched.append(sequence)
                 asked = None if logprobs is None or sequence.params.logprobs is None else logprobs
-                tokens = chosen[number][: row.num_chosen]
-                first = self._take_plain(row, tokens) if asked is None else 0
-                for place, token in enumerate(tokens[first:], first):
+                own_tokens = chosen[number][: row.num_chosen]
+                first = self._take_plain(row, own_tokens) if asked is None else 0
+                for place, token in enumerate(own_tokens[first:], first):
                     if token == BAD_LOGITS:
                         wrong[group] += self._end_badly(row, place)
                         break
@@ -219,13 +219,15 @@ class EngineCore:
     def _take_plain(self, row: PlannedRow, tokens: list[int]) -> int:
         """Takes a row's first tokens, those that surely end nothing, together; how many these are."""
         sequence = row.sequence
-        if len(tokens) == 1 or sequence.text is not None:
+        if len(tokens) == 1 or sequence.params.stop:
             return 0
         ends = sequence.params.ends(self._end_ids)
         end = next((place for place, token in enumerate(tokens) if token < 0 or token in ends), len(tokens))
         count = min(end, sequence.num_prompt + sequence.max_new - 1 - sequence.num_known)
         if count > 0:
             sequence.extend(tokens[:count])
+            if sequence.text is not None:
+                sequence.text.extend(tokens[:count])
             self.counts.new_tokens += count
             self._register(sequence, row.start + row.num_tokens + count - 1)
             self._release_children(sequence)

@@ -42,6 +42,7 @@ class CacheConfig:
             if not (value is None and name == "max_tokens") and not (_is_int(value) and value >= 1):
                 raise ValueError(f"{name} = {value!r}: must be an integer >= 1")
         check_cache_dtype(self.dtype, "dtype")
+        _require_bools(self, "enable_reuse")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +96,7 @@ class DecodeConfig:
         for name in ("batch_sizes", "page_buckets"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _sizes(name, getattr(self, name)))
+        _require_bools(self, "enable_padding", "graph_loops")
         steps = self.steps_per_launch
         if steps != "auto" and not (isinstance(steps, int) and _is_int(steps) and 1 <= steps <= MOST_STEPS):
             raise ValueError(f"steps_per_launch = {steps!r}: must be an integer within 1..{MOST_STEPS}, or 'auto'")
@@ -125,6 +127,12 @@ def config_from(name: str, kind: type[Config], value: Config | Mapping[str, Any]
         return kind(**value)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def _require_bools(config: object, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name} = {getattr(config, name)!r}: must be True or False")
 
 
 def _sizes(name: str, sizes: Any) -> tuple[int, ...]:

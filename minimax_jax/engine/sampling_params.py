@@ -8,12 +8,16 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from minimax_jax.engine.generation_config import COLDEST
 
 MOST_LOGPROBS = 20
 MOST_CHOICES = 64
 MOST_BIASES = 300
 MOST_STOPS = 300
+_MOST_INT = 2**31 - 1
+_LEAST_FLOAT, _MOST_FLOAT = 1e-37, 3e38  # the sampler's are float32, where a smaller number may be 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,18 +73,20 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        self._put(stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
-        self._put(stop_token_ids=tuple(self.stop_token_ids or ()), top_k=0 if self.top_k == -1 else self.top_k)
+        self._put(stop=(self.stop,) if isinstance(self.stop, str) else self._tuple("stop", "a string or strings"))
+        self._put(stop_token_ids=self._tuple("stop_token_ids", "token ids"))
+        self._put(top_k=0 if _is_int(self.top_k, -1, -1) else self.top_k)
         self._require(_is_int(self.n, 1, MOST_CHOICES), "n", f"an integer within 1..{MOST_CHOICES}")
-        self._require(self.max_tokens is None or _is_int(self.max_tokens, 1), "max_tokens", "an integer >= 1, or None")
+        fine = self.max_tokens is None or _is_int(self.max_tokens, 1)
+        self._require(fine, "max_tokens", f"an integer within 1..{_MOST_INT}, or None")
         most = math.inf if self.max_tokens is None else self.max_tokens
         self._require(_is_int(self.min_tokens, 0, most), "min_tokens", "an integer within 0..max_tokens")
         self._require(_is_number(self.temperature, 0), "temperature", "a number >= 0 (0 is greedy)")
-        self._require(_is_number(self.top_p, 0, 1) and self.top_p > 0, "top_p", "a number in (0, 1]")
+        self._require(_is_number(self.top_p, _LEAST_FLOAT, 1), "top_p", f"a number in (0, 1], at least {_LEAST_FLOAT}")
         self._require(_is_int(self.top_k, 0), "top_k", "an integer >= 0, or -1 (0 and -1 switch it off)")
         self._require(_is_number(self.min_p, 0, 1), "min_p", "a number in [0, 1]")
-        positive = _is_number(self.repetition_penalty, 0) and self.repetition_penalty > 0
-        self._require(positive, "repetition_penalty", "a number > 0")
+        positive = _is_number(self.repetition_penalty, _LEAST_FLOAT)
+        self._require(positive, "repetition_penalty", f"a number > 0, at least {_LEAST_FLOAT}")
         for name in ("presence_penalty", "frequency_penalty"):
             self._require(_is_number(getattr(self, name), -2, 2), name, "a number in [-2, 2]")
         self._require(
@@ -94,7 +100,17 @@ class SamplingParams:
             value = getattr(self, name)
             allowed = f"an integer within 0..{MOST_LOGPROBS}, or None"
             self._require(value is None or _is_int(value, 0, MOST_LOGPROBS), name, allowed)
+        for name in ("ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens"):
+            self._require(isinstance(getattr(self, name), bool | np.bool_), name, "True or False")
         self._check_biases()
+
+    def _tuple(self, name: str, allowed: str) -> tuple[Any, ...]:
+        """A field's values; none for None."""
+        value = getattr(self, name)
+        try:
+            return () if value is None else tuple(value)
+        except TypeError:
+            raise ValueError(f"{name} = {value!r}: must be {allowed}") from None
 
     def _put(self, **values: Any) -> None:
         for name, value in values.items():
@@ -105,6 +121,8 @@ class SamplingParams:
             raise ValueError(f"{name} = {getattr(self, name)!r}: must be {allowed}")
 
     def _check_biases(self) -> None:
+        fine = self.logit_bias is None or isinstance(self.logit_bias, Mapping)
+        self._require(fine, "logit_bias", "a dict of token ids >= 0 with numbers in [-100, 100]")
         biases = dict(self.logit_bias or {})
         fine = all(_is_int(i, 0) and _is_number(bias, -100, 100) for i, bias in biases.items())
         self._require(fine, "logit_bias", "token ids >= 0 with numbers in [-100, 100]")
@@ -138,7 +156,7 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
-def _is_int(value: Any, least: float, most: float = 2**31 - 1) -> bool:
+def _is_int(value: Any, least: float, most: float = _MOST_INT) -> bool:
     if isinstance(value, bool):
         return False
     try:
@@ -147,10 +165,10 @@ def _is_int(value: Any, least: float, most: float = 2**31 - 1) -> bool:
         return False
 
 
-def _is_number(value: Any, least: float, most: float = math.inf) -> bool:
+def _is_number(value: Any, least: float, most: float = _MOST_FLOAT) -> bool:
     if isinstance(value, bool):
         return False
     try:
-        return least <= float(value) <= most and math.isfinite(value)
+        return least <= float(value) <= most
     except (TypeError, ValueError):
         return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from minimax_jax.chat import marker_tail
 from minimax_jax.tokenizer import TextStream, Tokenizer
@@ -46,6 +46,11 @@ class SequenceText:
           search: whether stop strings count already (`min_tokens`).
         """
         return self._take(self._stream.push(token_id), search)
+
+    def extend(self, token_ids: Iterable[int]) -> None:
+        """Takes tokens of an answer that no string can end."""
+        assert not self._stop
+        self._pieces.append(self._stream.extend(token_ids))
 
     def finish(self, *, search: bool = True) -> str | None:
         """No more tokens will come: what was held back is text, too."""

@@ -26,12 +26,13 @@ class PretendedRunner:
 
     spans_processes, decodes_whole = False, True
 
-    def __init__(self, segmented: bool, fail_at: int):
+    def __init__(self, segmented: bool, fail_at: int, groups: int = 1):
         self.pool = SimpleNamespace(num_pages=16, resize=self.resize)
         self.bad_at, self.clearing, self.refusals, self.resized = 0, True, 0, []
         self.taken_at = self.launched = 0
         self.taken = False
-        self.tables, self.segmented, self.fail_at, self.fetched = [SlotTables(4, 16)], segmented, fail_at, 0
+        self.tables, self.segmented = [SlotTables(4, 16) for _ in range(groups)], segmented
+        self.fail_at, self.fetched = fail_at, 0
 
     def needs_known_tokens(self, plans):
         return self.segmented and any(row.num_tokens > 1 for plan in plans for row in plan.rows)
@@ -48,7 +49,8 @@ class PretendedRunner:
         self.fetched += 1
         if self.fetched == self.fail_at:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-        tokens = np.ones((1, 4, step.plans[0].num_steps), int)
+        tokens = np.ones((len(self.tables), 4, step.plans[0].num_steps), int)
+        tokens += np.arange(len(tokens))[:, None, None]
         if self.fetched == self.bad_at:
             tokens[0, 0] = BAD_LOGITS
         return tokens, None
@@ -92,6 +94,22 @@ def served(runner, steps=1):
 def test_a_step_that_fails_when_it_is_read_ends_one_request(segmented, steps, fail_at):
     failed, _ = served(PretendedRunner(segmented, fail_at), steps)
     assert len(failed) == 1 and isinstance(failed[0].error, DeviceStepError)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_each_data_ranks_rows_get_its_own_tokens(steps):
+    schedulers = [Scheduler(PageAllocator(16), page_size=4, max_batch_size=4, max_num_tokens=32) for _ in range(3)]
+    core = EngineCore(PretendedRunner(segmented=False, fail_at=0, groups=3), schedulers, run_ahead=RunAhead(steps))
+    made = [Sequence(np.arange(5), SamplingParams(max_tokens=6), order=(i, 0), max_new=6) for i in range(6)]
+    for sequence in made:
+        core.add(sequence)
+    running = [None] * 3
+    while core.busy:
+        core.step()
+        running = [had or list(scheduler.running) for had, scheduler in zip(running, schedulers, strict=True)]
+    assert sorted(map(len, running)) == [2, 2, 2]
+    for group, sequences in enumerate(running):
+        assert all(list(sequence.output) == [1 + group] * 6 for sequence in sequences)
 
 
 @pytest.mark.parametrize("bad_at", [1, 3, 4])

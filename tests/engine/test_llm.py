@@ -187,6 +187,14 @@ def test_stop_strings_over_every_cut_of_the_text():
         ({"stop": [""]}, "stop = "),
         ({"stop": "x", "detokenize": False}, "stop = .*: must be empty without detokenize"),
         ({"logprobs": 21}, "logprobs = 21"),
+        ({"max_tokens": 2**40}, "max_tokens = 1099511627776: must be an integer within 1..2147483647, or None"),
+        ({"temperature": 1e39}, r"temperature = 1e\+39: must be a number >= 0"),  # infinite as float32
+        ({"top_p": 1e-46}, r"top_p = 1e-46: must be a number in \(0, 1\], at least 1e-37"),  # 0 as float32
+        ({"repetition_penalty": 1e-50}, "repetition_penalty = 1e-50: must be a number > 0, at least 1e-37"),
+        ({"stop": 5}, "stop = 5: must be a string or strings"),
+        ({"stop_token_ids": 5}, "stop_token_ids = 5: must be token ids"),
+        ({"logit_bias": [1]}, r"logit_bias = \[1\]: must be a dict of token ids"),
+        ({"ignore_eos": "no"}, "ignore_eos = 'no': must be True or False"),
     ],
 )
 def test_parameters_out_of_range_are_named(options, message):
@@ -212,11 +220,29 @@ def test_parameters_out_of_range_are_named(options, message):
             r"decode_config: batch_sizes = \[0\]: must be a list of integers >= 1",
         ),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size: must be 1 for a loaded model"),
+        ({"dtype": "bfloat16"}, "dtype = 'bfloat16': must be 'auto' for a loaded model, which has its own"),
+        ({"quantization": "none"}, "quantization = 'none': must be 'auto' for a loaded model, which has its own"),
+        ({"enable_attention_dp": "no"}, "enable_attention_dp = 'no': must be True or False"),
+        ({"parallel": "x"}, "parallel = 'x': must be a ParallelConfig or None"),
+        ({"max_seq_len": 100.5}, "max_seq_len = 100.5: must be an integer >= 0"),
+        ({"seed": -1}, "seed = -1: must be an integer >= 0"),
+        ({"cache_config": {"enable_reuse": 1}}, "cache_config: enable_reuse = 1: must be True or False"),
+        ({"decode_config": {"graph_loops": "no"}}, "decode_config: graph_loops = 'no': must be True or False"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(model, options, message):
     with pytest.raises(ValueError, match=message):
         small_llm(model, **options)
+
+
+@pytest.mark.parametrize("prompts", [5, None, {"prompt": "x"}])
+def test_what_is_no_prompt_is_named(llm, prompts):
+    with pytest.raises(TypeError, match="prompts: must be texts or lists of token ids, one or many, got "):
+        llm.generate(prompts)
+
+
+def test_stop_ids_may_be_an_array():
+    assert SamplingParams(stop_token_ids=np.array([1, 2])).stop_token_ids == (1, 2)
 
 
 def test_parameters_must_be_as_many_as_prompts(llm):

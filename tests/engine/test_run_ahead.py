@@ -176,6 +176,9 @@ def test_by_itself_the_engine_runs_ahead_on_a_gpu_and_not_while_somebody_streams
     assert seen[-1] == 23
     after = ahead.stats()
     assert sum(after.steps.values()) - sum(before.steps.values()) == after.launches - before.launches
+    ahead.generate(prompts(1), SamplingParams(seed=3, **PARAMS), use_tqdm=False)
+    alone = ahead.stats()
+    assert sum(alone.steps.values()) - sum(after.steps.values()) > 2 * (alone.launches - after.launches)
 
 
 @pytest.mark.parametrize("steps", [0, 257, 2.5, "most", True])

@@ -84,6 +84,31 @@ def test_rows_do_not_depend_on_their_batch_mates(impl):
         assert (run(scaled[own], top_k[own], top_p[own], min_p[own]) == together[own]).all()
 
 
+@pytest.mark.parametrize("impl", ["reference", "pallas_triton_interpret"])
+@pytest.mark.parametrize(("vocab_size", "candidates"), [(12, 3), (700, 5)])
+def test_the_likeliest_token_stays_however_small_top_p_is(impl, vocab_size, candidates):
+    """1e-46 is 0 in float32, 1e-39 may be on a device; then no token was kept, and the first one drawn."""
+    scaled = jnp.asarray(np.random.default_rng(2).normal(size=(4, vocab_size)), jnp.float32)
+    scaled -= scaled.max(axis=1, keepdims=True)
+    all_tokens, nothing = jnp.full(4, vocab_size, jnp.int32), jnp.zeros(4)
+    mask = jitted(impl, candidates)(scaled, all_tokens, jnp.array([0, 1e-45, 1e-39, 1e-8]), nothing)
+    assert (np.asarray(mask) == np.asarray(scaled == 0)).all()
+
+
+def test_a_row_whose_cut_lies_near_is_cut_alike_beside_one_whose_does_not():
+    """The sums of all ranked tokens round otherwise than those of the likeliest ones."""
+    random = np.random.default_rng(3)
+    scaled = jnp.asarray(random.normal(size=(64, 2000)) * 4, jnp.float32)
+    scaled -= scaled.max(axis=1, keepdims=True)
+    weights = np.sort(np.exp(np.asarray(scaled)), axis=1)[:, ::-1]
+    at = np.cumsum(weights, axis=1, dtype=np.float32)[:, 9] / weights.sum(axis=1, dtype=np.float32)  # a cut's edge
+    top_k, top_p, min_p = jnp.full(64, 2000, jnp.int32), jnp.asarray(at, jnp.float32), jnp.zeros(64)
+    run = jitted("reference", 128)
+    alone = run(scaled, top_k, top_p, min_p)
+    beside = run(scaled, top_k.at[0].set(500), top_p.at[0].set(1.0), min_p)
+    assert (alone[1:] == beside[1:]).all() and int(beside[0].sum()) == 500
+
+
 def test_no_rows():
     none = jnp.zeros(0)
     for impl in ("reference", "pallas_triton_interpret"):

@@ -31,7 +31,7 @@ def sampling_cut(
     Args:
       scaled: log probabilities up to a constant, float32; each row's largest is 0.
       top_k: V or more for all.
-      top_p: above 0; 1 or more for all.
+      top_p: 1 or more for all; the likeliest token stays however small it is.
       min_p: tokens less likely than this, relative to the likeliest, have no share in the distribution.
       candidates: so many likeliest tokens are looked at first; it decides on the time that is taken only.
 

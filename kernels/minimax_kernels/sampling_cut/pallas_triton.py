@@ -26,6 +26,7 @@ from minimax_kernels.select_blocks.pallas_triton import LOWEST, sortable
 from minimax_kernels.triton_call import Launch, ceil_div, next_power_of_two, triton_call
 
 BLOCK = 128  # tokens whose maximum stands for them
+LEAST_SHARE = 1e-30  # of a top-p below this: a smaller one may be 0 on the device, which no tokens at all reach
 CHUNK = 4096  # tokens that a program reads at a time where it walks through a row
 MOST_LANES = 16384  # values that a program holds
 VALUES_PER_WARP = 1024
@@ -54,7 +55,7 @@ def sampling_cut(
     if num_rows == 0:
         return jnp.zeros(0, jnp.float32), jnp.zeros(0, jnp.int32)
     floor = jnp.log(min_p)
-    args: list[Array] = [scaled, top_k, top_p, floor]
+    args: list[Array] = [scaled, top_k, jnp.maximum(top_p, LEAST_SHARE), floor]
     kernel: Callable[..., None] = _whole_row_kernel
     lanes = vocab_size
     if num_blocks > candidates:

@@ -29,8 +29,15 @@ def sampling_cut(
         return sort_all()
     value, token, found = _last_kept(scaled, *likeliest(scaled, candidates), top_k, top_p, likely)
     uncut = (top_k >= vocab_size) & (top_p >= 1)
-    everything = jnp.where(uncut, -jnp.inf, value), jnp.where(uncut, vocab_size - 1, token)
-    return jax.lax.cond((found | uncut).all(), lambda: everything, sort_all)
+    value, token = jnp.where(uncut, -jnp.inf, value), jnp.where(uncut, vocab_size - 1, token)
+    found = found | uncut
+
+    def sort_others() -> tuple[Float[Array, "R"], Int[Array, "R"]]:
+        """Only for rows that need it: sums of another order would round otherwise, and depend on other rows."""
+        value_of_all, token_of_all = sort_all()
+        return jnp.where(found, value, value_of_all), jnp.where(found, token, token_of_all)
+
+    return jax.lax.cond(found.all(), lambda: (value, token), sort_others)
 
 
 def _last_kept(
