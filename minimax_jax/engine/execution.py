@@ -5,7 +5,7 @@ from __future__ import annotations
 EXECUTIONS = ("auto", "segmented", "whole", "eager")
 # Below this many tokens a GPU is done with a segment before the host has sent the next one: segments take about three
 # times as long as one executable at 64 tokens, 1.08 and 1.17 times at 1024, and the same time at 4096 (H100, H200,
-# measured; docs/segmented.md). A pair of launches takes the host some 430 us, and 2048 tokens the device twice that.
+# measured; docs/segmented.md). A pair of launches takes the host some 340 us, and 2048 tokens the device twice that.
 LEAST_SEGMENTED_TOKENS = 2048
 # On a CPU both take the same time once compiled. Segments share executables: the first token of 60 layers came after
 # 7 s instead of 24, that of 6 layers after 3.2 instead of 2.9.

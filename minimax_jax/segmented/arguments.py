@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-Aval = tuple[tuple[int, ...], Any]
+Aval = tuple[tuple[int, ...], Any, bool]
 
 
 class Arguments:
@@ -37,6 +37,7 @@ class Arguments:
         leaves, tree = jax.tree.flatten(args)
         sizes = set()
         for number in self.row_leaves(tree):
+            _refuse_tracer(leaves[number])
             shape = np.shape(leaves[number])
             if not shape:
                 raise ValueError(f"rows = {self.rows}: leaf {number} of the arguments is a scalar, without an axis 0")
@@ -82,23 +83,37 @@ class Arguments:
 
 
 def aval_of(leaf: Any) -> Aval:
-    """(shape, dtype as JAX sees it) of an array or a Python scalar, whose dtype stays its Python type."""
+    """(shape, dtype as JAX sees it, whether it is weak) of an array or a number, whose dtype stays its Python type.
+
+    Raises:
+      TypeError: for a value of a JAX transformation.
+      ValueError: for what is no array and no number.
+    """
     dtype = getattr(leaf, "dtype", None)
     if dtype is None:
         if isinstance(leaf, (bool, int, float, complex)):
-            return (), type(leaf)
+            return (), type(leaf), True
         raise ValueError(f"an argument holds {type(leaf).__name__}: must be arrays and numbers")
     if isinstance(leaf, jax.Array):
-        return leaf.shape, dtype
-    return leaf.shape, jax.dtypes.canonicalize_dtype(dtype)
+        _refuse_tracer(leaf)
+        return leaf.shape, dtype, leaf.weak_type
+    return leaf.shape, jax.dtypes.canonicalize_dtype(dtype), False
+
+
+def _refuse_tracer(leaf: Any) -> None:
+    if isinstance(leaf, jax.core.Tracer):
+        raise TypeError(
+            "a function of segmented_jit was called inside jax.jit, grad, vmap or another transformation: its "
+            "boundaries run on the host, so it must be called with arrays; transform the function itself instead"
+        )
 
 
 def struct_of(aval: Aval) -> jax.ShapeDtypeStruct:
     """What to trace a leaf as."""
-    shape, dtype = aval
+    shape, dtype, weak = aval
     if isinstance(dtype, type) and dtype in (bool, int, float, complex):
-        return jax.ShapeDtypeStruct((), jax.dtypes.canonicalize_dtype(dtype), weak_type=True)
-    return jax.ShapeDtypeStruct(shape, dtype)
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return jax.ShapeDtypeStruct(shape, dtype, weak_type=weak)
 
 
 def device_of(leaves: Sequence[Any]) -> jax.Device | None:

@@ -17,11 +17,12 @@ _COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#edc948", "#76b7b2", "#
 _RUN = 3  # equal steps in a row from which on the middle ones are summed up
 
 
-def explain_text(label: str, program: Program, stats: Stats, graphs: Mapping[str, GraphUse]) -> str:
+def explain_text(label: str, program: Program, stats: Stats, graphs: Mapping[str, GraphUse], order: str) -> str:
     """A table of the steps, one of the executables, and the counters.
 
     Args:
       graphs: by executable, where XLA told.
+      order: of a graph's kernels, in words.
     """
     split = program.split
     names = [entry.executable.name for entry in program.entries]
@@ -43,6 +44,8 @@ def explain_text(label: str, program: Program, stats: Stats, graphs: Mapping[str
         seconds = next(e.executable.seconds for e in program.entries if e.executable.name == name)
         note = f"; {graphs[name]}" if name in graphs else ""
         lines.append(f"  {name:>10}  serves {count} segments, built in {seconds:.2f} s{note}")
+    if any(use.graphs for use in graphs.values()):
+        lines.append(f"  kernels of a graph run {order}")
     lines += ["", "  counters"]
     for field in dataclasses.fields(stats):
         value = getattr(stats, field.name)

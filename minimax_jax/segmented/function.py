@@ -15,13 +15,14 @@ from typing import Any
 import jax
 
 from minimax_jax.segmented.arguments import Arguments, aval_of, device_of, sizes_of, struct_of
+from minimax_jax.segmented.boundary import get_boundary
 from minimax_jax.segmented.executables import Executables
-from minimax_jax.segmented.graphs import GraphUse, dump_options, graph_use
+from minimax_jax.segmented.graphs import GraphUse, dump_options, graph_order, graph_use
 from minimax_jax.segmented.jaxprs import trace
 from minimax_jax.segmented.placement import OneDevice, OnMesh, Placement, local_shape, spread_specs
 from minimax_jax.segmented.program import Call, HostTime, Program, Signature
 from minimax_jax.segmented.runner import Runner
-from minimax_jax.segmented.split import split
+from minimax_jax.segmented.split import Split, split
 from minimax_jax.segmented.stats import Counts, Stats
 
 _EXACT_PROGRAMS = 4  # programs of sizes without a bucket that are kept
@@ -144,9 +145,9 @@ class SegmentedFunction:
         if rows > self.buckets[-1]:
             return self._run_exact("fallbacks", leaves, tree, live, runtime)
         call = _call(self._arguments.padded(leaves, tree, given, rows), live, runtime)
-        program = self._program(call.values, tree, rows)
         spent = HostTime()
         with self._counting_failures():
+            program = self._program(call.values, tree, rows)
             old = program.replaced(call)
             captures = program.captured(call)
             if old:
@@ -157,7 +158,7 @@ class SegmentedFunction:
                 kind, results = "captures", program.capture(call, spent)
             else:
                 kind, results = "warmups", program.eager(call, spent)
-        self._count(kind, spent, len(program.entries))
+        self._count(kind, spent, program.num_crossings)
         return jax.tree.unflatten(program.out_tree, results)
 
     def eager(self, *args: Any, runtime: Any = None) -> Any:
@@ -219,7 +220,8 @@ class SegmentedFunction:
         from minimax_jax.segmented.explain import explain_text
 
         program = self.program(rows)
-        return explain_text(self._label, program, self.stats(), self.graphs(rows=program.signature.rows))
+        graphs = self.graphs(rows=program.signature.rows)
+        return explain_text(self._label, program, self.stats(), graphs, graph_order(self._options))
 
     def graphs(self, *, rows: int | None = None) -> dict[str, GraphUse]:
         """By executable of a bucket, its CUDA graphs; empty without `dump_to` and on other devices."""
@@ -251,12 +253,11 @@ class SegmentedFunction:
 
     def _program(self, leaves: list[Any], tree: Any, rows: int) -> Program:
         with self._lock:
-            programs = self._programs.setdefault((rows, tree), [])
-            for program in programs:
+            for program in self._programs.get((rows, tree), ()):
                 if program.fits(leaves):
                     return program
             program = self._build(leaves, tree, rows, self._executables, self._runners)
-            programs.append(program)
+            self._programs.setdefault((rows, tree), []).append(program)
             return program
 
     def _run_exact(self, kind: str, leaves: list[Any], tree: Any, live: int, runtime: Any) -> Any:
@@ -300,6 +301,7 @@ class SegmentedFunction:
         # a row argument at exactly the bucket's size is the caller's own array
         mine = [number in consumed and number not in row_leaves for number in range(len(leaves))]
         parts = split(traced, self._boundaries, mine)
+        self._require_boundaries(parts)
         self._counts.traces += 1
         self._counts.trace_seconds += time.perf_counter() - start
         placement: Placement
@@ -313,6 +315,12 @@ class SegmentedFunction:
             runners.append(Runner(len(runners)))
         keep = set(range(len(leaves))) - consumed
         return Program(Signature(rows, tree, avals), parts, built, runners[: len(built)], keep, placement, out_trees[0])
+
+    def _require_boundaries(self, parts: Split) -> None:
+        """Names that are neither registered nor met are misspelt: the boundary that was meant would be no split."""
+        met = {crossing.params["name"] for crossing in parts.crossings}
+        if missing := sorted(name for name in self._boundaries - met if get_boundary(name) is None):
+            raise ValueError(f"boundaries has {missing[0]!r}: must be registered, or met in {self._label}")
 
     def _leaf_specs(self, tree: Any) -> list[Any]:
         if self._mesh is None:

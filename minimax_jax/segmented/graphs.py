@@ -5,11 +5,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 _LINE = re.compile(r"^(\s*)\d+:\s+(k\w+)")
 _AFTER, _BEFORE = "thunk_sequence_after_thunk_passes.txt", "thunk_sequence.txt"
 GRAPH = "kCommandBuffer"
+_MODE = "xla_gpu_command_buffer_scheduling_mode"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,14 @@ class GraphUse:
             return text + ", none outside"
         outside = ", ".join(f"{count} {kind}" for kind, count in sorted(self.outside.items()))
         return f"{text}; outside: {outside}"
+
+
+def graph_order(options: Mapping[str, Any]) -> str:
+    """In words, how XLA orders the kernels of a graph under these compiler options."""
+    mode = options.get(_MODE)
+    if mode is None:
+        return "one after the other (XLA's default)"
+    return f"{mode}: " + ("side by side where none needs another" if mode == "CONCURRENT" else f"XLA's {_MODE}")
 
 
 def dump_options(directory: Path) -> dict[str, str | bool]:

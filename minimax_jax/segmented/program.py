@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from minimax_jax.segmented.arguments import Aval, aval_of
-from minimax_jax.segmented.boundary import BoundaryCall, call_host
+from minimax_jax.segmented.boundary import BoundaryCall, call_host, get_boundary
 from minimax_jax.segmented.epoch import Epoch
-from minimax_jax.segmented.errors import StaleCaptureError
+from minimax_jax.segmented.errors import BoundaryError, StaleCaptureError
 from minimax_jax.segmented.executables import Executable
 from minimax_jax.segmented.jaxprs import is_literal
 from minimax_jax.segmented.placement import Placement
@@ -29,7 +29,7 @@ class Signature:
     Attributes:
       rows: the padded number of rows.
       tree: structure of the arguments.
-      avals: (shape, dtype) of every leaf.
+      avals: (shape, dtype, whether weak) of every leaf.
     """
 
     rows: int
@@ -115,6 +115,7 @@ class Program:
         self.signature = signature
         self.out_tree = out_tree
         self.split = split
+        self.num_crossings = len(split.crossings)
         self.entries = [Entry(executable) for executable in executables]
         self.runners = list(runners)
         for runner, entry in zip(self.runners, self.entries, strict=False):
@@ -297,6 +298,12 @@ class Program:
     def _cross(self, step: _Cross, call: Call, values: list[Any]) -> None:
         crossing = step.crossing
         operands = [values[source] if isinstance(source, int) else source for source in step.operands]
+        registered = get_boundary(crossing.params["name"])
+        if registered is not None and registered.consumed != crossing.registered.consumed:
+            raise BoundaryError(
+                f"boundary {crossing.label}: was registered anew, with other operands that it consumes: must consume "
+                "what it did when the function was split"
+            )
         for number in crossing.copied:
             operands[number] = jax.numpy.array(operands[number], copy=True)
         if self._placement.mesh is not None:

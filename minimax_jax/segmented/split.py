@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.extend.core as jex
 
-from minimax_jax.segmented.boundary import boundary_p, consumed_leaves, describe, get_boundary
+from minimax_jax.segmented.boundary import Boundary, boundary_p, consumed_leaves, describe, get_boundary
 from minimax_jax.segmented.errors import UnknownBoundaryError
 from minimax_jax.segmented.jaxprs import Atom, Traced, is_literal
 
@@ -45,6 +45,7 @@ class Crossing:
       consumed: numbers of operands (leaves) that the boundary consumes.
       copied: of these, the ones that somebody still needs: it gets copies.
       frees: variables that nobody reads afterwards.
+      registered: the boundary as it was then.
     """
 
     index: int
@@ -56,6 +57,7 @@ class Crossing:
     consumed: frozenset[int]
     copied: frozenset[int]
     frees: tuple[jex.Var, ...]
+    registered: Boundary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +106,8 @@ def split(traced: Traced, boundaries: frozenset[str], donated: Sequence[bool]) -
             segments += 1
             owned.update(outvars)
         else:
-            consumed = _consumed(group, segments - 1)
+            registered = _registered(group, segments - 1)
+            consumed = consumed_leaves(registered, group.params["in_tree"])
             copied = _copies(group, consumed, set(frees) & owned)
             label = describe(group.params["name"], group.params["static"])
             steps.append(
@@ -118,6 +121,7 @@ def split(traced: Traced, boundaries: frozenset[str], donated: Sequence[bool]) -
                     consumed,
                     copied,
                     frees,
+                    registered,
                 )
             )
             crossings += 1
@@ -175,7 +179,7 @@ def _kind(var: Any) -> tuple[Any, Any]:
     return var.aval.shape, var.aval.dtype
 
 
-def _consumed(eqn: jex.JaxprEqn, after: int) -> frozenset[int]:
+def _registered(eqn: jex.JaxprEqn, after: int) -> Boundary:
     found = get_boundary(eqn.params["name"])
     if found is None:
         where = "at the function's start" if after < 0 else f"after segment {after}"
@@ -183,7 +187,7 @@ def _consumed(eqn: jex.JaxprEqn, after: int) -> frozenset[int]:
             f"boundary {describe(eqn.params['name'], eqn.params['static'])} {where}: no boundary of this name is "
             "registered"
         )
-    return consumed_leaves(found, eqn.params["in_tree"])
+    return found
 
 
 def _copies(eqn: jex.JaxprEqn, consumed: frozenset[int], dead: set[jex.Var]) -> frozenset[int]:

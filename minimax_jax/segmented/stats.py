@@ -20,8 +20,9 @@ class Stats:
       failures: calls that raised.
       invalidations: how often captures were cleared, by `invalidate` or an epoch.
       trace_seconds, compile_seconds: spent building; compilation is added up over threads.
-      replay_seconds: host time of all replays, boundaries included; boundary_seconds: inside boundaries of these.
-      pairs: segment + boundary pairs that were replayed.
+      replay_seconds: host time of the segments and boundaries of all replays, without the checks of the arguments
+        before them; boundary_seconds: inside boundaries of these.
+      pairs: boundaries that were crossed in replays, each with the segment before it.
     """
 
     segments: int

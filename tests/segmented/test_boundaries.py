@@ -148,6 +148,69 @@ def test_a_raising_boundary_is_named_and_the_function_stays_usable(name):
     assert fn.stats().failures == 5 and fn.stats().replays == 2
 
 
+def test_an_error_of_jax_keeps_its_kind_and_is_told_where_it_came_from(name):
+    def host(call, x, *, layer):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room")
+
+    bad = boundary(name, abstract=lambda x, **_: x)(host)
+    fn = segmented(lambda _, x: bad(into(x), layer=2) * 2, boundaries=(*NAMES, name))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no room") as caught:
+        fn(None, rows_of(6))
+    assert f"boundary '{name}'(layer=2) (call 1, after segment 0, 6 rows)" in caught.value.__notes__
+
+
+def test_a_misspelt_boundary_is_no_split_and_is_named():
+    fn = segmented(lambda _, x: into(x), boundaries=(*NAMES, "test_scal"))
+    with pytest.raises(ValueError, match="boundaries has 'test_scal': must be registered, or met in lambda"):
+        fn(None, rows_of(6))
+    stats = fn.stats()
+    assert stats.failures == 1 and stats.buckets == ()
+
+
+def test_a_boundary_that_consumes_other_operands_later_is_refused(name):
+    """It would be given the caller's own weight to delete."""
+    host = {"abstract": lambda w, x, **_: x, "replace": True}
+    kept = boundary(name, **host)(lambda call, w, x: x + w)
+    fn = segmented(lambda w, x: kept(w, into(x)) * 2, boundaries=(*NAMES, name))
+    w, x = jnp.float32(2), rows_of(6)
+    expected = fn(w, x)
+    boundary(name, **host)(lambda call, w, x: x + w)
+    np.testing.assert_array_equal(fn(w, x), expected)
+    boundary(name, mutates=(0,), **host)(lambda call, w, x: x + w)
+    with pytest.raises(BoundaryError, match=f"boundary '{name}': was registered anew, with other operands"):
+        fn(w, x)
+
+
+@pytest.mark.parametrize("rows", [5, 8])
+def test_transformations_of_a_split_function_are_refused(rows):
+    fn = segmented(lambda w, x: into(x * w), buckets=(8,))
+    w, x = jnp.float32(2), jnp.asarray(rows_of(rows))
+    for transformed in (
+        jax.jit(fn), jax.vmap(fn, in_axes=(0, None)), lambda w, x: jax.grad(lambda w: fn(w, x).sum())(w[0]),
+        lambda w, x: jax.jit(lambda x: fn(w[0], x))(x),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=r"segmented_jit was called inside jax\.jit, grad, vmap"):
+            transformed(w[None], x)
+
+
+def test_weak_types_are_those_of_jit():
+    """A float32 that JAX made of a Python number gives way to bfloat16, also as an argument."""
+
+    def fn(w, x):
+        return into((x * w).astype(x.dtype)) * w
+
+    weak = jax.jit(lambda: jnp.sin(2.0))()
+    assert weak.weak_type
+    x = jnp.asarray(rows_of(6), jnp.bfloat16)
+    split = segmented(fn)
+    for w in (weak, jnp.float32(0.5), weak, 0.25):
+        for _ in range(3):
+            found = split(w, x)
+            expected = jax.jit(fn)(w, x)
+            assert found.dtype == expected.dtype
+            np.testing.assert_array_equal(found[:6], expected)
+
+
 def test_an_unregistered_boundary_is_named_wherever_it_is_missed(name):
     gone = boundary(name, abstract=lambda x, **_: x)(lambda call, x, *, layer: x)
     fn = segmented(lambda _, x: gone(into(x), layer=9), boundaries=(*NAMES, name))

@@ -183,7 +183,7 @@ def test_replays_compile_and_trace_nothing():
     for live in (1, 2, 3, 4, 5, 6, 7, 8, 1, 8):
         split(w, rows_of(live, seed=live))
     assert compilations() == before and split.stats().traces == traces == 2
-    assert split.stats().replays == 10 and split.stats().pairs == 40
+    assert split.stats().replays == 10 and split.stats().pairs == 30
 
 
 def test_boundaries_inside_control_flow_are_refused_by_name_or_called_back():

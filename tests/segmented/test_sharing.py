@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from segmented_samples import ROWS, WIDTH, compilations, into, rows_of, segmented, stack, weights
 
-from minimax_jax.segmented.graphs import parse_launches
+from minimax_jax.segmented.explain import explain_text
+from minimax_jax.segmented.graphs import GraphUse, graph_order, parse_launches
 
 
 def test_identical_layers_share_one_executable():
@@ -110,6 +111,16 @@ def test_sharing_compiles_as_many_times_as_it_says():
     fresh = segmented(stack)
     fresh(w, rows_of(ROWS))
     assert compilations() - before == fresh.stats().executables == 4
+
+
+def test_explain_tells_how_the_kernels_of_a_graph_are_ordered():
+    split = segmented(stack)
+    split(weights(2), rows_of(4))
+    use = {"segment_0": GraphUse(1, {"kKernel": 5}, {})}
+    text = explain_text("stack", split.program(), split.stats(), use, graph_order({}))
+    assert "kernels of a graph run one after the other (XLA's default)" in text
+    assert "side by side" in graph_order({"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"})
+    assert "kernels of a graph" not in explain_text("stack", split.program(), split.stats(), {}, "")
 
 
 def test_explain_tells_the_split_and_folds_what_repeats():
