@@ -82,7 +82,7 @@ class SamplingParams:
         most = math.inf if self.max_tokens is None else self.max_tokens
         self._require(_is_int(self.min_tokens, 0, most), "min_tokens", "an integer within 0..max_tokens")
         self._require(_is_number(self.temperature, 0), "temperature", "a number >= 0 (0 is greedy)")
-        self._require(_is_number(self.top_p, _LEAST_FLOAT, 1), "top_p", f"a number in (0, 1], at least {_LEAST_FLOAT}")
+        self._require(_is_number(self.top_p, 0, 1) and self.top_p > 0, "top_p", "a number in (0, 1]")
         self._require(_is_int(self.top_k, 0), "top_k", "an integer >= 0, or -1 (0 and -1 switch it off)")
         self._require(_is_number(self.min_p, 0, 1), "min_p", "a number in [0, 1]")
         positive = _is_number(self.repetition_penalty, _LEAST_FLOAT)
