@@ -82,6 +82,19 @@ def test_segments_equal_whole_steps(model, steps, parts):
     check_equal(model, steps, parts)
 
 
+@pytest.mark.parametrize("rows", [*(pytest.param(rows, marks=pytest.mark.long) for rows in (24, 48)), 64])
+def test_every_bucket_equals_whole_steps(model, steps, rows):
+    """Exactly filled, by two requests, and one below."""
+    check_equal(model, steps, [([rows - 9, 9], [rows - 9, 9]), ([rows - 1], [rows - 1])])
+
+
+def test_segments_of_the_embedded_checkpoint_equal_whole_steps():
+    """A prompt over two of its pages, and another beside a single token."""
+    tiny = MiniMaxM3ForCausalLM.from_pretrained("tiny", "float32", progress=False)
+    steps = segmented_steps(tiny, buckets=(64, 160))
+    check_equal(tiny, steps, [([140, 5], [140, 5]), ([1, 50], [141, 55])])
+
+
 @pytest.mark.parametrize(
     "changes",
     [
