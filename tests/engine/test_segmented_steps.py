@@ -229,15 +229,19 @@ def test_recapture_is_quick_and_recompiles_no_segment(model):
     before = compilations()
     pool.resize(4, keep=False)
     steps.warm_up(tiny._leaves, pool)  # brings the allocator to its steady state
-    for _ in range(30):  # a test beside this one may hold the cores for a while
+    seconds = []
+    for _ in range(10):
         pool.resize(4, keep=False)
-        start = time.perf_counter()
-        steps.warm_up(tiny._leaves, pool)
-        seconds = (time.perf_counter() - start) / len(steps.layers.buckets)
-        if seconds < 0.05:
-            break
+        times = []
+        for _ in range(2):  # both run every bucket twice, but the second time as replays
+            start = time.perf_counter()
+            steps.warm_up(tiny._leaves, pool)
+            jax.block_until_ready(pool.caches)
+            times.append(time.perf_counter() - start)
+        seconds.append((times[0] - times[1]) / len(steps.layers.buckets))
     assert compilations() == before and steps.layers.stats().captured == 2
-    assert seconds < 0.05
+    # without the steps themselves, which take as long as whatever runs beside this test lets them
+    assert np.median(seconds) < 0.05
     pool.resize(6, keep=False)
     steps.warm_up(tiny._leaves, pool)
     # only what takes the pool itself: attention of dense and of sparse layers, per bucket, and the pools' zeros
