@@ -93,9 +93,12 @@ class LLM:
         cache = config_from("cache_config", CacheConfig, cache_config)
         segment = config_from("segment_config", SegmentConfig, segment_config)
         decode = config_from("decode_config", DecodeConfig, decode_config)
-        for name, value in (("max_batch_size", max_batch_size), ("max_num_tokens", max_num_tokens)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} = {value!r}: must be an integer >= 1")
+        numbers = [("max_batch_size", max_batch_size, 1), ("max_num_tokens", max_num_tokens, 1), ("seed", seed, 0)]
+        if max_seq_len is not None:  # whose range is the model's
+            numbers.append(("max_seq_len", max_seq_len, 0))
+        for name, value, least in numbers:
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} = {value!r}: must be an integer >= {least}")
         if max_num_tokens < max_batch_size:
             raise ValueError(
                 f"max_num_tokens = {max_num_tokens}: must be at least max_batch_size = {max_batch_size}, a token for "
@@ -105,9 +108,6 @@ class LLM:
             raise ValueError(f"enable_attention_dp = {enable_attention_dp!r}: must be True or False")
         if parallel is not None and not isinstance(parallel, ParallelConfig):
             raise ValueError(f"parallel = {parallel!r}: must be a ParallelConfig or None")
-        for name, number in (("seed", seed), ("max_seq_len", 2 if max_seq_len is None else max_seq_len)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-                raise ValueError(f"{name} = {number!r}: must be an integer >= 0")
         if warm_up not in (None, True, False, "all"):
             raise ValueError(f"warm_up = {warm_up!r}: must be None, True, False or 'all'")
         sizes = _parallel(tensor_parallel_size, moe_expert_parallel_size, enable_attention_dp)

@@ -11,7 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-_BLOCK = 128
+BLOCK = 128
+
+
+def in_blocks(values: Float[Array, "R V"]) -> Float[Array, "R blocks 128"]:
+    """Rows cut into blocks; what is past the last value is -inf."""
+    num_rows, vocab_size = values.shape
+    padded = jnp.pad(values, ((0, 0), (0, -vocab_size % BLOCK)), constant_values=-jnp.inf)
+    return padded.reshape(num_rows, -(-vocab_size // BLOCK), BLOCK)
 
 
 def likeliest(values: Float[Array, "R V"], count: int) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
@@ -20,16 +27,13 @@ def likeliest(values: Float[Array, "R V"], count: int) -> tuple[Float[Array, "R 
     Args:
       count: K, at most V.
     """
-    vocab_size = values.shape[1]
-    num_blocks = -(-vocab_size // _BLOCK)
-    if num_blocks <= 2 * count:  # most blocks would be chosen
+    if values.shape[1] <= 2 * count * BLOCK:  # most blocks would be chosen
         best, ids = jax.lax.top_k(values, count)
         return best, ids.astype(jnp.int32)
-    padded = jnp.pad(values, ((0, 0), (0, num_blocks * _BLOCK - vocab_size)), constant_values=-jnp.inf)
-    blocks = padded.reshape(-1, num_blocks, _BLOCK)
+    blocks = in_blocks(values)
     _, chosen = jax.lax.top_k(blocks.max(axis=-1), count)
     chosen = jnp.sort(chosen, axis=-1)  # so that of equal values the lower id stays first
-    candidates = jnp.take_along_axis(blocks, chosen[..., None], axis=1).reshape(-1, count * _BLOCK)
+    candidates = jnp.take_along_axis(blocks, chosen[..., None], axis=1).reshape(-1, count * BLOCK)
     best, places = jax.lax.top_k(candidates, count)
-    ids = jnp.take_along_axis(chosen, places // _BLOCK, axis=1) * _BLOCK + places % _BLOCK
+    ids = jnp.take_along_axis(chosen, places // BLOCK, axis=1) * BLOCK + places % BLOCK
     return best, ids.astype(jnp.int32)

@@ -299,7 +299,8 @@ class Program:
         crossing = step.crossing
         operands = [values[source] if isinstance(source, int) else source for source in step.operands]
         registered = get_boundary(crossing.params["name"])
-        if registered is not None and registered.consumed != crossing.registered.consumed:
+        known = crossing.registered
+        if registered is not None and registered is not known and registered.consumed != known.consumed:
             raise BoundaryError(
                 f"boundary {crossing.label}: was registered anew, with other operands that it consumes: must consume "
                 "what it did when the function was split"

@@ -22,10 +22,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from minimax_kernels.likeliest import BLOCK, in_blocks
 from minimax_kernels.select_blocks.pallas_triton import LOWEST, sortable
 from minimax_kernels.triton_call import Launch, ceil_div, next_power_of_two, triton_call
 
-BLOCK = 128  # tokens whose maximum stands for them
 LEAST_SHARE = 1e-30  # of a top-p below this: a smaller one may be 0 on the device, which no tokens at all reach
 CHUNK = 4096  # tokens that a program reads at a time where it walks through a row
 MOST_LANES = 16384  # values that a program holds
@@ -83,13 +83,11 @@ def _likely_blocks(
     scaled: Float[Array, "R V"], count: int, *, interpret: bool
 ) -> tuple[Int[Array, "R count"], Int[Array, "R"]]:
     """(ids, in order, of the blocks with the largest maxima, the key of the smallest of these)."""
-    num_rows, vocab_size = scaled.shape
-    num_blocks = ceil_div(vocab_size, BLOCK)
-    padded = jnp.pad(scaled, ((0, 0), (0, num_blocks * BLOCK - vocab_size)), constant_values=-jnp.inf)
-    lanes = next_power_of_two(num_blocks)
+    maxima = in_blocks(scaled).max(axis=-1)
+    num_rows, lanes = maxima.shape[0], next_power_of_two(maxima.shape[1])
     blocks: tuple[Int[Array, "R count"], Int[Array, "R"]] = triton_call(
         functools.partial(_blocks_kernel, count=count, lanes=lanes),
-        [padded.reshape(num_rows, num_blocks, BLOCK).max(axis=-1)],
+        [maxima],
         (jax.ShapeDtypeStruct((num_rows, count), jnp.int32), jax.ShapeDtypeStruct((num_rows,), jnp.int32)),
         grid=(num_rows,),
         launch=_launch(lanes),
