@@ -22,7 +22,7 @@ def implementations(
     """The names of an operation's implementations, best first; Pallas kernels also take `interpret=`.
 
     Args:
-      pallas_mosaic_gpu: of `mosaic_gpu`, taken only by name.
+      pallas_mosaic_gpu: of `mosaic_gpu`.
     """
     kernels = {"pallas_triton": pallas_triton}
     if pallas_mosaic_gpu is not None:
@@ -48,16 +48,18 @@ def dispatch(
     impl: str | None,
     *args: Any,
     differentiable: bool = False,
+    best: tuple[str, ...] = ("pallas_triton",),
     **kwargs: Any,
 ):
     """Calls implementation `impl` of an operation, or with None the best for the device that the call runs on.
 
-    None means `pallas_triton` on NVIDIA GPUs where it can serve the call, and `reference` everywhere else.
+    None means the first of `best` on NVIDIA GPUs that can serve the call, and `reference` everywhere else.
 
     Args:
       op: the operation's name, for messages.
       implementations: name -> function; "reference" always serves. "pallas_triton_interpret" is for tests.
       impl: one of the names, or None.
+      best: names, the fastest first.
       differentiable: derivatives are the reference's, whichever implementation is picked; one that is named has none.
 
     Raises:
@@ -71,20 +73,26 @@ def dispatch(
             )
         return implementations[impl](*args, **kwargs)
     reference = implementations["reference"]
-    if "pallas_triton" not in implementations or jax.default_backend() != "gpu":
+    if jax.default_backend() != "gpu":
         return reference(*args, **kwargs)
-    best = implementations["pallas_triton"]
     # `out` is the one keyword of an operation that is an array
     arrays = {name: value for name, value in kwargs.items() if name == "out" and value is not None}
     static = {name: value for name, value in kwargs.items() if name not in arrays}
-    call = _compiled(op, best, reference, tuple(static.items()), differentiable)
-    try:  # tracing shows a refusal without launching anything, and the call uses the trace
-        _require_device(args)
-        call.eval_shape(args, arrays)
-    except NotImplementedError as refusal:
+    refusal = None
+    for name in best:
+        if name not in implementations:
+            continue
+        call = _compiled(op, implementations[name], reference, tuple(static.items()), differentiable)
+        try:  # tracing shows a refusal without launching anything, and the call uses the trace
+            _require_device(name, args)
+            call.eval_shape(args, arrays)
+        except NotImplementedError as error:
+            refusal = error
+        else:
+            return call(args, arrays)
+    if refusal is not None:
         warnings.warn(f"{op} falls back to 'reference' ({refusal})", stacklevel=3)
-        return reference(*args, **kwargs)
-    return call(args, arrays)
+    return reference(*args, **kwargs)
 
 
 def _by_platform(
@@ -114,11 +122,16 @@ def _compiled(op: str, *key: Any) -> Any:
     return jax.jit(function)
 
 
-def _require_device(args: tuple[Any, ...]) -> None:
-    """8-bit numbers are multiplied by what Hopper and later have: bfloat16 arithmetic in pairs, conversions of e4m3."""
+def _require_device(name: str, args: tuple[Any, ...]) -> None:
+    """8-bit numbers are multiplied by what Hopper and later have: bfloat16 arithmetic in pairs, conversions of e4m3.
+
+    Matrix instructions of kernels on Mosaic GPU are Hopper's own.
+    """
+    capability = getattr(jax.local_devices()[0], "compute_capability", None)
+    if name == "pallas_mosaic_gpu" and (capability is None or int(float(capability)) != 9):
+        raise NotImplementedError(f"pallas_mosaic_gpu: needs compute capability 9, this is {capability}")
     if not any(getattr(leaf, "dtype", None) == jnp.float8_e4m3fn for leaf in jax.tree.leaves(args)):
         return
-    capability = getattr(jax.local_devices()[0], "compute_capability", None)
     if capability is not None and float(capability) < 9.0:
         raise NotImplementedError(f"pallas_triton: 8-bit operands need compute capability 9.0, this is {capability}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 import warnings
 
 import jax
@@ -307,6 +308,24 @@ def test_with_a_gpu_a_refusal_falls_back_with_one_warning(on_a_gpu):
         assert dispatch("op", implementations, None, jnp.ones(1)).tolist() == [2.0]
     assert len(caught) == 1
     assert "not for this head count" in str(caught[0].message)
+
+
+def test_the_fastest_that_can_serve_is_taken_and_others_refuse_in_silence(on_a_gpu, monkeypatch):
+    implementations = {"pallas_mosaic_gpu": jnp.sin, "pallas_triton": jnp.tan, "reference": jnp.cos}
+    best = ("pallas_mosaic_gpu", "pallas_triton")
+
+    def chosen(capability):
+        device = types.SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(jax, "local_devices", lambda: [device])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            traced = jax.jit(functools.partial(dispatch, "op", implementations, None, best=best)).trace(jnp.ones(2))
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    assert "stablehlo.sine" in chosen("9.0")
+    assert all("stablehlo.tan" in chosen(capability) for capability in ("8.0", "10.0", None))
+    implementations["pallas_mosaic_gpu"] = refuse
+    assert "stablehlo.tan" in chosen("9.0")
 
 
 def test_a_named_implementation_that_cannot_serve_raises():

@@ -12,6 +12,8 @@ from minimax_kernels.routed_experts import pallas_triton, reference
 from minimax_kernels.swiglu import Swiglu
 from minimax_kernels.weight_tiles import Weight
 
+# rows an expert, as far as is known before they are counted, from which Mosaic GPU was measured to be faster
+MANY_ROWS = 64
 _IMPLEMENTATIONS = implementations(pallas_triton.routed_experts, reference.routed_experts, mosaic_gpu("routed_experts"))
 
 
@@ -78,7 +80,9 @@ def routed_experts(
         raise ValueError(
             f"addend is {addend.dtype} of shape {tuple(addend.shape)}: must be {x.dtype} of {tuple(x.shape)}, as x"
         )
+    many = expert_ids.size >= MANY_ROWS * (gate_up.shape[0] if num_experts is None else num_experts)
     return dispatch(
         "routed_experts", _IMPLEMENTATIONS, impl, x, expert_ids, weights, gate_up, down, addend,
         first_expert.astype(jnp.int32), differentiable=True, activation=activation, num_experts=num_experts,
+        best=("pallas_mosaic_gpu", "pallas_triton") if many else ("pallas_triton",),
     )  # fmt: skip
