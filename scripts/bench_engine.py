@@ -27,7 +27,7 @@ START = time.monotonic()
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks.engine.host_share import Variant, measure_host_share  # noqa: E402
+from benchmarks.engine.host_share import ROWS, Variant, measure_host_share  # noqa: E402
 from benchmarks.engine.sizing import measure_sizing  # noqa: E402
 from benchmarks.machine import describe_machine  # noqa: E402
 
@@ -47,7 +47,8 @@ def arguments() -> argparse.Namespace:
     add("--steps", type=int, default=160, help="decode steps to time, in each way (default: 160)")
     add("--launch-steps", default="1,4,8,16", help="decode steps a launch (default: %(default)s)")
     add("--loops", choices=("both", "graph", "plain"), default="both", help="loops in CUDA graphs (default: both)")
-    add("--greedy", action="store_true", help="greedy rows instead of top-k 40 and top-p 0.95 (default: off)")
+    add("--rows", choices=tuple(ROWS), default="sampled", help="what requests ask for (default: %(default)s)")
+    add("--no-text", dest="text", action="store_false", help="answers without text (default: off)")
     add("--moe", action="store_true", help="layers with 16 experts instead of an MLP (default: off)")
     add("--sizing-layers", type=int, default=4, help="layers for sizing (default: 4)")
     add("--fraction", type=float, default=0.9, help="of the memory, for sizing (default: 0.9)")
@@ -92,7 +93,7 @@ def host(args: argparse.Namespace) -> bool:
     """The host's share in each way; whether one of them is under the target."""
     plain = [Variant(count) for count in args.launch_steps if count == 1 or args.loops != "graph"]
     graphs = [Variant(count, graph_loop=True) for count in args.launch_steps if count > 1 and args.loops != "plain"]
-    sizes = {name: getattr(args, name) for name in ("layers", "batch", "context", "steps", "moe", "greedy")}
+    sizes = {name: getattr(args, name) for name in ("layers", "batch", "context", "steps", "moe", "rows", "text")}
     ways: list[dict[str, Any]] = []
     for way in measure_host_share(**sizes, variants=plain + graphs, tiny=args.tiny, out=args.out):
         ways.append(way)

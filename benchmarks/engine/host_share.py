@@ -9,20 +9,31 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import tokenizers
 
 from benchmarks.engine.rank_llm import rank_llm
 from minimax_jax import LLM, SamplingParams
 from minimax_jax.engine.core import RunAhead
 from minimax_jax.engine.sequence import Sequence
+from minimax_jax.engine.sequence_text import SequenceText
 from minimax_jax.rank_slice.trace import overlap, read_launches
+from minimax_jax.tokenizer import Tokenizer
 
 PROFILED_STEPS, SETTLING_LAUNCHES, LEAST_LAUNCHES = 8, 4, 8
+_SAMPLED = {"temperature": 0.8, "top_k": 40, "top_p": 0.95}
+# what requests ask for
+ROWS: dict[str, dict[str, Any]] = {
+    "sampled": _SAMPLED,
+    "greedy": {"temperature": 0.0},
+    "penalties": {**_SAMPLED, "repetition_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.1},
+    "logprobs": {**_SAMPLED, "logprobs": 5},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +71,16 @@ def measure_host_share(
     variants: list[Variant],
     *,
     moe: bool,
-    greedy: bool,
+    rows: str,
+    text: bool,
     tiny: bool,
     out: Path,
 ) -> Iterator[dict[str, Any]]:
     """Times decode steps of one full batch in each variant, then profiles some.
 
-    Rows are sampled with top-k and top-p, or greedy.
+    Args:
+      rows: of `ROWS`.
+      text: whether answers have text, of a vocabulary of words of 2 to 12 bytes.
 
     Writes a profile of each (`Variant.trace`, for ui.perfetto.dev) to `out`. The sequences go on from variant to
     variant, so the last ones have longer contexts.
@@ -96,7 +110,8 @@ def measure_host_share(
         cache_config={"max_tokens": (batch + 1) * width * page},
     )
     with llm:
-        core = _core_of(llm, batch, context, new, greedy=greedy)
+        vocabulary = _vocabulary(llm.model.config.vocab_size) if text else None
+        core = _core_of(llm, batch, context, new, ROWS[rows], vocabulary)
         times = _Times(core.runner)
         for variant in variants:
             yield dataclasses.asdict(variant) | _measured(core, times, variant, steps, out)
@@ -160,18 +175,28 @@ class _Times:
         runner.fetch, runner.launch = timed_fetch, timed_launch
 
 
-def _core_of(llm: LLM, batch: int, context: int, new: int, *, greedy: bool) -> Any:
+def _core_of(llm: LLM, batch: int, context: int, new: int, how: Mapping[str, Any], vocabulary: Tokenizer | None) -> Any:
     """The engine's loop, to be stepped from here, with a batch past its prompts."""
     core = llm._core
     random = np.random.default_rng(0)
-    how: dict[str, Any] = {"temperature": 0.0} if greedy else {"temperature": 0.8, "top_k": 40, "top_p": 0.95}
     for number in range(batch):
         params = SamplingParams(max_tokens=new, ignore_eos=True, seed=number, **how)
         prompt = random.integers(0, llm.model.config.vocab_size, context).astype(np.int32)
-        core.add(Sequence(prompt, params, order=(number, 0), max_new=new, seed=number))
+        text = None if vocabulary is None else SequenceText(vocabulary)
+        core.add(Sequence(prompt, params, order=(number, 0), max_new=new, seed=number, text=text))
     while any(s.num_new < 2 for s in core.schedulers[0].running) or core.schedulers[0].waiting:
         core.step()
     return core
+
+
+def _vocabulary(size: int) -> Tokenizer:
+    """A byte-level tokenizer of so many made-up words, since weights that are drawn have none."""
+    random = np.random.default_rng(0)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyzĠĠĠĠ"))
+    words = {"".join(random.choice(letters, 1 + number % 8)) + f"{number:x}": number for number in range(size)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words, merges=[]))
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return Tokenizer(backend)
 
 
 def _profiled(step: Callable[[], Any], launches: int, trace: Path) -> float | None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from minimax_jax.engine.errors import DeviceLostError, DeviceStepError, NonFiniteLogitsError
 from minimax_jax.engine.launched_step import LaunchedStep
+from minimax_jax.engine.logprobs import by_token
 from minimax_jax.engine.scheduler import PlannedRow, Scheduler, StepPlan
 from minimax_jax.engine.sequence import Sequence, Status
 from minimax_jax.engine.step_inputs import BAD_LOGITS
@@ -188,15 +189,17 @@ class EngineCore:
                         self._register(sequence, row.end)
                     continue
                 touched.append(sequence)
-                asked = None if logprobs is None or sequence.params.logprobs is None else logprobs
                 own_tokens = chosen[number][: row.num_chosen]
-                first = self._take_plain(row, own_tokens) if asked is None else 0
+                asked: list[Any] | None = None
+                if logprobs is not None and sequence.params.logprobs is not None:
+                    at = (group, number, slice(row.num_chosen))
+                    asked = by_token(jax.tree.map(lambda x, at=at: x[at], logprobs))
+                first = self._take_plain(row, own_tokens, asked)
                 for place, token in enumerate(own_tokens[first:], first):
                     if token == BAD_LOGITS:
                         wrong[group] += self._end_badly(row, place)
                         break
-                    at = (group, number, place)
-                    own = None if asked is None else jax.tree.map(lambda x, at=at: x[at], asked)
+                    own = None if asked is None else asked[place]
                     if not self._take(sequence, token, row.start + row.num_tokens + place, own):
                         break
         if not clear:
@@ -216,7 +219,7 @@ class EngineCore:
         row.sequence.error = NonFiniteLogitsError(row.start + row.num_tokens - 1 + place)
         return self._end(row.sequence, "error", discard=True)
 
-    def _take_plain(self, row: PlannedRow, tokens: list[int]) -> int:
+    def _take_plain(self, row: PlannedRow, tokens: list[int], logprobs: list[Any] | None) -> int:
         """Takes a row's first tokens, those that surely end nothing, together; how many these are."""
         sequence = row.sequence
         if len(tokens) == 1 or sequence.params.stop:
@@ -226,6 +229,8 @@ class EngineCore:
         count = min(end, sequence.num_prompt + sequence.max_new - 1 - sequence.num_known)
         if count > 0:
             sequence.extend(tokens[:count])
+            if logprobs is not None:
+                sequence.logprobs += logprobs[:count]
             if sequence.text is not None:
                 sequence.text.extend(tokens[:count])
             self.counts.new_tokens += count
@@ -289,9 +294,8 @@ class EngineCore:
                 self.add(child, group=sequence.group)
 
     def _keep_scores(self, sequence: Sequence, first: int, count: int, scores: Any) -> None:
-        for number in range(count):
-            one = jax.tree.map(lambda x, number=number: x[number], scores)
-            sequence.prompt_logprobs.setdefault(first + number, one)
+        for number, one in enumerate(by_token(scores)[:count], first):
+            sequence.prompt_logprobs.setdefault(number, one)
 
     def _start_over(self, plans: Rows[StepPlan], error: Exception) -> list[Sequence]:
         """After the device failed a step: the sequence with the most tokens in it ends, all others compute anew."""

@@ -41,3 +41,9 @@ def token_logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "R"], most: i
     ranks = jnp.sum(logs > own, axis=-1) + 1
     top, top_ids = likeliest(logs, most)
     return TokenLogprobs(own[:, 0], ranks.astype(jnp.int32), top_ids, top)
+
+
+def by_token(scores: TokenLogprobs) -> list[TokenLogprobs]:
+    """Of some tokens in a row, on the host: each token's own, as Python numbers."""
+    numbers = (scores.own, scores.ranks, scores.top_ids, scores.top)
+    return [TokenLogprobs(*each) for each in zip(*(x.tolist() for x in numbers), strict=True)]

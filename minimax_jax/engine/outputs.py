@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from minimax_jax.engine.sequence import Sequence
 
 
@@ -113,7 +111,7 @@ class GrowingAnswer:
             first = len(self._logprobs)
             for scores, token in zip(sequence.logprobs[first:], self._token_ids[first:], strict=False):
                 self._logprobs.append(_logprobs(scores, token, most, self._token_text))
-                self._total += float(scores.own)
+                self._total += scores.own
         return CompletionOutput(
             index=self._index,
             text="" if sequence.text is None else sequence.text.text,
@@ -138,11 +136,7 @@ class GrowingAnswer:
 
 def _logprobs(scores: Any, token: int, most: int, token_text: Callable[[int], str] | None) -> dict[int, Logprob]:
     text = (lambda _: None) if token_text is None else token_text
-    found = {
-        int(top): Logprob(float(value), rank, text(int(top)))
-        for rank, (top, value) in enumerate(
-            zip(np.asarray(scores.top_ids)[:most], np.asarray(scores.top)[:most], strict=True), 1
-        )
-    }
-    found.setdefault(token, Logprob(float(scores.own), int(scores.ranks), text(token)))
+    best = zip(scores.top_ids[:most], scores.top[:most], strict=True)
+    found = {top: Logprob(value, rank, text(top)) for rank, (top, value) in enumerate(best, 1)}
+    found.setdefault(token, Logprob(scores.own, scores.ranks, text(token)))
     return found

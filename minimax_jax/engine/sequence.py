@@ -47,7 +47,7 @@ class Sequence:
       group: the data rank whose pages it uses.
       text: of the answer, None without a tokenizer.
       streams: whether somebody wants to see every token as soon as it is there.
-      logprobs, prompt_logprobs: what was asked about the tokens so far: one-row `TokenLogprobs` on the host.
+      logprobs, prompt_logprobs: what was asked about the tokens so far, of each a `TokenLogprobs` of Python numbers.
       finish_reason: "stop", "length", "abort" or "error" once it is finished.
       stop_reason: the token id or string of the request that ended it.
       error: what went wrong.
