@@ -171,6 +171,9 @@ def test_kernels_are_told_apart_by_name_and_module():
     for launch, kind in zip(layers, names.values(), strict=True):
         assert class_times([launch]) == {kind: 2.0}, launch.name
     assert class_times(picks) == {"head": 3.0, "sampling": 1.0}
+    sort = "DeviceRadixSortOnesweepKernel"  # of pairs: of tokens and experts, or of queries and pages
+    assert class_times([Launch(sort, "s", 0.0, 1.0, "jit_layers_D")]) == {"experts": 1.0}
+    assert class_times([Launch(sort, "s", 0.0, 1.0, "jit__sparse_layer")]) == {"attend": 1.0}
     rows = kernel_table([*layers, *layers, *picks, *picks], steps=2)
     assert len(rows) == len(names) + 3
     assert (rows[0]["us"], rows[0]["calls"], rows[0]["mean_us"]) == (2.0, 1, 2.0)

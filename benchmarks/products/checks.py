@@ -30,7 +30,8 @@ def check_layer_ops(impl: str, shrink: int, say: Callable[[str], None], mosaic: 
     failures = []
     for name, check, own in (
         ("e4m3 bytes", _bytes, impl), ("add_norm", _add_norm, impl), ("choose_experts", _choose, impl),
-        ("routed_experts", _experts, impl), ("e4m3 bytes on Mosaic GPU", _grouped_bytes, mosaic),
+        ("route_tokens", _route, impl), ("routed_experts", _experts, impl),
+        ("e4m3 bytes on Mosaic GPU", _grouped_bytes, mosaic),
         ("routed_experts on Mosaic GPU", functools.partial(_experts, counts=TOKENS[-1:]), mosaic),
     ):  # fmt: skip
         if not own:
@@ -122,6 +123,21 @@ def _choose(impl: str, shrink: int) -> list[str]:
         # sigmoids of different libraries differ in the last place, and a choice between equals may turn with them
         same = (found[0] == expected[0]).all(axis=1)
         if float(same.mean()) < 0.99 or measure_errors(found[1][same], expected[1][same]).largest > 1e-4:
+            lines.append(f"{tokens} tokens: {int((~same).sum())} choices differ")
+    return lines
+
+
+def _route(impl: str, shrink: int) -> list[str]:
+    lines = []
+    keys = jax.random.split(jax.random.key(0), 2)
+    weight = jax.random.normal(keys[0], (HIDDEN // shrink, EXPERTS)) * HIDDEN**-0.5
+    options = {"num_chosen": PER_TOKEN, "scale": 2.0}
+    for tokens in (1, 4, 5, 64):  # up to 4 there is a kernel of its own
+        x = jax.random.normal(jax.random.fold_in(keys[1], tokens), (tokens, HIDDEN // shrink))
+        args = (x, weight, jnp.linspace(-0.2, 0.2, EXPERTS))
+        found, expected = (_run("route_tokens", which, **options)(*args) for which in (impl, "reference"))
+        same = (found[0] == expected[0]).all(axis=1)  # choices between neighbours may turn with the last place
+        if float(same.mean()) < 0.98 or measure_errors(found[1][same], expected[1][same]).largest > 1e-4:
             lines.append(f"{tokens} tokens: {int((~same).sum())} choices differ")
     return lines
 

@@ -25,6 +25,7 @@ _PATTERNS = tuple(
     )
 )
 _PICK = re.compile(r"pick|take")  # the module that makes logits and chooses tokens, and the one before it
+_ATTENTION = re.compile(r"(dense|sparse)_layer\b")  # the modules behind the attention boundary
 
 
 def kernel_class(launch: Launch) -> str:
@@ -32,11 +33,13 @@ def kernel_class(launch: Launch) -> str:
 
     The router's product is with "matmul", as its bytes are in `step_work`; its choice and the sorting of pairs with
     "experts". `add_norm`, `norm_rope`, `sum_norm_rope` and whatever no pattern names, XLA's own fusions, are
-    "elementwise". Of the module that makes logits and chooses tokens, products are the "head", and all else is
-    "sampling".
+    "elementwise". Sorts behind the attention boundary, of pairs of queries and pages, are "attend". Of the module that
+    makes logits and chooses tokens, products are the "head", and all else is "sampling".
     """
     name = launch.name.lower()
     found = next((kind for kind, pattern in _PATTERNS if pattern.search(name)), "elementwise")
+    if found == "experts" and _ATTENTION.search(launch.module):
+        return "attend"
     if not _PICK.search(launch.module):
         return found
     return "head" if found == "matmul" else "sampling"

@@ -82,6 +82,7 @@ def test_a_result_that_is_wrong_is_noticed(monkeypatch):
 def test_checks_of_a_layers_other_kernels_notice_what_is_wrong(monkeypatch):
     monkeypatch.setattr(checks, "TOKENS", (7,))
     assert checks._bytes("reference", 64) == checks._choose("reference", 1) == checks._add_norm("reference", 16) == []
+    assert checks._route("reference", 16) == checks._route("pallas_triton_interpret", 16) == []
     run = checks._run
 
     def spoiled(op, impl, **options):
@@ -92,7 +93,7 @@ def test_checks_of_a_layers_other_kernels_notice_what_is_wrong(monkeypatch):
 
     monkeypatch.setattr(checks, "_run", spoiled)
     assert checks._bytes("pallas_triton_interpret", 64) and checks._choose("pallas_triton_interpret", 1)
-    assert checks._add_norm("pallas_triton_interpret", 16)
+    assert checks._add_norm("pallas_triton_interpret", 16) and checks._route("pallas_triton_interpret", 16)
 
 
 def test_bytes_are_judged_by_the_exact_answer():
