@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from inspect_kernels import H100  # noqa: E402 - the script beside this one
+from h100 import h100s, lowering_for_h100  # noqa: E402 - the script's neighbour
 
 LAYOUTS = "1,8,8;2,8,4;8,8,1"
 
@@ -64,15 +64,13 @@ def compiled_layer(sizes: tuple[int, ...], tokens: int, options: dict[str, Any])
     """
     import jax
     import jax.numpy as jnp
-    from jax.experimental import topologies
     from jax.sharding import NamedSharding
 
     from benchmarks.multi_gpu.weights import model_config
     from minimax_jax.model import abstract_model, merge_model, split_model
     from minimax_jax.parallel import ParallelConfig, Ranks
 
-    topology = topologies.get_topology_desc("h100", platform="cuda", target_config=H100, topology="1x1x8")
-    ranks = Ranks(model_config(2), ParallelConfig(*sizes, **options), topology.devices)
+    ranks = Ranks(model_config(2), ParallelConfig(*sizes, **options), h100s(8))
     layout, hidden = ranks.layout, ranks.layout.config.hidden_size
     _, shapes = split_model(abstract_model(layout.config, jnp.bfloat16))
     graphdef, _ = split_model(abstract_model(layout.local_config, jnp.bfloat16))
@@ -92,8 +90,7 @@ def compiled_layer(sizes: tuple[int, ...], tokens: int, options: dict[str, Any])
         return x + ranks.comm.sum_mlp(layer.mlp(layer.post_attention_layernorm(x), ranks.comm))
 
     x = array((tokens * ranks.groups, hidden), jnp.bfloat16, ranks.rows)
-    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    with lowering_for_h100():
         lowered = jax.jit(ranks.per_rank(rank, (specs, ranks.rows), ranks.rows)).lower(leaves, x)
     return lowered.compile().as_text()
 

@@ -25,21 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-# what XLA must know of the device that it compiles for: stream_executor.GpuTargetConfigProto
-H100 = """
-gpu_device_info {
-  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-runtime_version { major: 13 minor: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
+from h100 import h100s, lowering_for_h100  # noqa: E402 - the script's neighbour
+
 INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync.aligned", "cp.async": r"cp.async.c[ag]", "ex2": "ex2"}
 OPS = (
     "index_score", "select_blocks", "sparse_attention", "dense_attention", "msa", "write_kv_index", "norm_rope",
@@ -92,12 +79,10 @@ def _find_ptxas() -> str | None:
 def _compile(op: str, tp: int, tokens: int, requests: int, context: int, cache_dtype: str) -> None:
     import jax
     import jax.numpy as jnp
-    from jax.experimental import topologies
 
     import minimax_kernels as mk
 
-    topology = topologies.get_topology_desc("h100", platform="cuda", target_config=H100, topology="1x1x1")
-    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    sharding = jax.sharding.SingleDeviceSharding(h100s(1)[0])
 
     def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -129,8 +114,7 @@ def _compile(op: str, tp: int, tokens: int, requests: int, context: int, cache_d
         **_weight_calls(array, tp, tokens),
     }
     args, options = calls[op]
-    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    with lowering_for_h100():
         function = getattr(mk, op.partition("-")[0])
         lowered = jax.jit(lambda *args: function(*args, impl="pallas_triton", **options)).lower(*args)
     lowered.compile()

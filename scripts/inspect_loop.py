@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from inspect_kernels import H100  # noqa: E402 - the script beside this one
+from h100 import h100s, lowering_for_h100  # noqa: E402 - the script's neighbour
 
 STEPS = 8
 
@@ -82,7 +82,6 @@ def compile_loop(layers: int, batch: int, pages: int, features: Any, *, moe: boo
     """Compiles a loop of `STEPS` steps of `batch` rows, whose block tables have `pages` pages."""
     import jax
     import jax.numpy as jnp
-    from jax.experimental import topologies
 
     from benchmarks.segments.rank_model import rank_config
     from minimax_jax.cache import PagePool
@@ -94,8 +93,7 @@ def compile_loop(layers: int, batch: int, pages: int, features: Any, *, moe: boo
     from minimax_jax.model import abstract_model, split_model
     from minimax_kernels import Batch
 
-    topology = topologies.get_topology_desc("h100", platform="cuda", target_config=H100, topology="1x1x1")
-    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    sharding = jax.sharding.SingleDeviceSharding(h100s(1)[0])
     config = rank_config(layers, moe=moe, tiny=False)
     graphdef, shapes = split_model(abstract_model(config, jnp.bfloat16))
 
@@ -115,10 +113,9 @@ def compile_loop(layers: int, batch: int, pages: int, features: Any, *, moe: boo
     caches = placed(jax.eval_shape(lambda: PagePool(config, batch * pages, jnp.bfloat16).caches))
     state = placed(jax.eval_shape(lambda: empty_rows(batch, config.vocab_size)))
     leaves = [placed(leaf) for leaf in shapes.values()]
-    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda")
     backend, jax.default_backend = jax.default_backend, lambda: "gpu"  # by which operations choose their kernels
     try:
-        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        with lowering_for_h100():
             decode = Steps(config, graphdef, tuple(shapes)).decode
             lowered = decode.lower(caches, state, leaves, step, picking, ids, features=features, num_steps=STEPS)
     finally:
