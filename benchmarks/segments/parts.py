@@ -25,7 +25,7 @@ from minimax_jax.engine.segmented_prefill import FlatStep
 from minimax_jax.rank_slice.trace import Launch, overlap, profile
 from minimax_jax.segmented.graphs import dump_options, graph_use
 
-FULL = Sizes(layers=8, prefill=(1024, 4096, 8192), decode=(1, 64), past=8192, repeats=20, rounds=15)
+FULL = Sizes(layers=8, prefill=(1024, 2048, 4096, 8192), decode=(1, 64), past=8192, repeats=20, rounds=15)
 TINY = Sizes(layers=3, prefill=(64, 128), decode=(1, 4), past=64, repeats=2, rounds=2)
 OFF = {"xla_gpu_enable_command_buffer": ""}
 # what decides how kernels inside a graph wait for each other, and whether there is a graph at all

@@ -19,7 +19,8 @@ def summary(results: dict[str, Any]) -> str:
         "",
         f"{setting['device']}, jax {setting['jax']}, {setting['layers']} layers, hidden {setting['hidden']}, "
         f"{setting['dtype']}, {setting['past']} tokens of context",
-        "step                 segmented us   whole us   ratio   alone us (segmented/whole)   host us a pair (boundary)",
+        "step                 segmented us   whole us   ratio   alone us (segmented/whole)   "
+        "host us a pair (boundary), outside",
     ]
     for kind, unit in (("prefill", "tokens"), ("decode", "requests")):
         lines += [_step_line(f"{kind} {row[unit]} {unit}", row) for row in results.get(kind, [])]
@@ -51,7 +52,7 @@ def _step_line(name: str, row: dict[str, Any]) -> str:
     return (
         f"{name:<20} {one['step_us']:>12.0f} {two['step_us']:>10.0f} {row['ratio']:>7.3f}   "
         f"{one['latency_us']:>10.0f} / {two['latency_us']:<10.0f}      "
-        f"{row['pair_us']:>8.0f} ({row['boundary_us']:.0f})"
+        f"{row['pair_us']:>8.0f} ({row['boundary_us']:.0f}), {row['outside_us']:.0f}"
     )
 
 

@@ -1,6 +1,12 @@
 """The benchmark of segments: what it reads out of profiles, and its pictures and tables."""
 
+import time
+from types import SimpleNamespace
+
+import pytest
+
 from benchmarks.segments.report import summary
+from benchmarks.segments.stopwatch import host_times
 from benchmarks.segments.timeline import timeline_svg
 from minimax_jax.rank_slice.trace import overlap, read_launches
 
@@ -37,3 +43,16 @@ def test_the_table_leaves_out_what_was_not_run():
     setting = {"device": "d", "jax": "0", "layers": 2, "hidden": 8, "dtype": "float32", "past": 1}
     text = summary({"setting": setting, "seconds": {"model": 1.0}, "left_out": ["graphs"]})
     assert "left out for want of time: graphs" in text
+
+
+def test_the_hosts_time_is_split_into_pairs_and_what_is_outside():
+    passed = {"pairs": 0, "replay_seconds": 0.0, "boundary_seconds": 0.0}
+
+    def run():
+        for name, more in {"pairs": 4, "replay_seconds": 1e-3, "boundary_seconds": 4e-4}.items():
+            passed[name] += more
+        time.sleep(2e-3)  # of which the pairs took one
+
+    found = host_times(run, SimpleNamespace(stats=lambda: SimpleNamespace(**passed)), steps=3)
+    assert found["pair_us"] == pytest.approx(250) and found["boundary_us"] == pytest.approx(100)
+    assert found["host_us"] >= 2000 and found["outside_us"] == pytest.approx(found["host_us"] - 1000)
