@@ -151,9 +151,9 @@ class EngineCore:
     def _count(self, step: LaunchedStep) -> None:
         self.counts.launches += 1
         self.counts.steps[step.kind, step.how] += step.plans[0].num_steps
-        if step.kind == "prefill":
-            rows = (row for plan in step.plans for row in plan.rows)
-            self.counts.prompt_tokens += sum(row.num_tokens for row in rows if row.start < row.sequence.num_prompt)
+        # of steps of one token a row too: it may be a prompt's last or only one
+        rows = (row for plan in step.plans for row in plan.rows if row.start < row.sequence.num_prompt)
+        self.counts.prompt_tokens += sum(min(row.num_tokens, row.sequence.num_prompt - row.start) for row in rows)
 
     def _read(self, *, clear: bool = True) -> list[Sequence]:
         """Takes in the tokens of the step in flight, waiting for them.
