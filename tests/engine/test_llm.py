@@ -21,7 +21,7 @@ from minimax_jax.tokenizer import Tokenizer
 def tiny():
     shapes = {"segment_config": {"buckets": [64], "enabled": False}, "decode_config": {"batch_sizes": [4]}}
     cache = {"max_tokens": 16 * 128}
-    with LLM("tiny", max_batch_size=4, max_num_tokens=64, max_seq_len=256, cache_config=cache, **shapes) as llm:
+    with LLM("tiny", max_batch_size=4, max_num_tokens=64, max_seq_len=384, cache_config=cache, **shapes) as llm:
         yield llm
 
 
@@ -85,8 +85,8 @@ def test_a_stream_grows_and_never_shows_half_a_stop_string(tiny):
     assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
     assert outputs[-1].finished and not any(output.finished for output in outputs[:-1])
     assert all(free.outputs[0].text.partition(stop)[0].startswith(text) for text in texts)
-    with pytest.raises(ValueError, match="the prompt has 300 tokens: must be at most 255"):
-        asyncio.run(anext_of(tiny.generate_async([1] * 300)))
+    with pytest.raises(ValueError, match="the prompt has 400 tokens: must be at most 383"):
+        asyncio.run(anext_of(tiny.generate_async([1] * 400)))
 
 
 def test_a_stream_looks_at_each_token_once_and_its_outputs_stay_as_they_were(llm, monkeypatch):
@@ -154,6 +154,13 @@ def test_a_conversation_goes_through_the_template(tiny):
     text = tiny.tokenizer.apply_chat_template(messages, thinking_mode="disabled", tokenize=False)
     assert one[0].prompt == text and one[0].prompt_token_ids == tiny.tokenizer.encode(text)
     assert [o.outputs for o in two] == [one[0].outputs] * 2
+    own = [{"temperature": 0, "max_tokens": count} for count in (1, 2)]
+    each = tiny.chat([messages, messages], [SamplingParams(**how) for how in own], thinking_mode="disabled")
+    assert [o.outputs[0].token_ids for o in each] == [one[0].outputs[0].token_ids[:count] for count in (1, 2)]
+    tools = [{"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}]
+    (called,) = tiny.chat(messages, SamplingParams(temperature=0, max_tokens=1), tools=tools)
+    assert called.prompt == tiny.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False) != text
+    assert '"f"' in called.prompt and called.error is None
     with pytest.raises(ValueError, match=r"messages\[0\].role"):
         tiny.chat([{"role": "nobody", "content": "x"}], params)
 
