@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from minimax_jax.bench_prompts import check_lengths, read_lines
 from minimax_jax.cli_parallel import joined
 from minimax_jax.engine.outputs import RequestOutput
 from minimax_jax.engine.sampling_params import SamplingParams
@@ -71,7 +72,7 @@ def run_bench(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, parallel: ParallelConfig, processes: Processes) -> int:
     longest = max(args.input_lens) + args.output_len
-    texts = processes.from_first(lambda: None if args.prompt_file is None else _read_prompts(args.prompt_file))
+    lines = processes.from_first(lambda: None if args.prompt_file is None else read_lines(args.prompt_file))
     if processes.is_first:
         args.out.mkdir(parents=True, exist_ok=True)  # before the minutes that follow
     with LLM(
@@ -81,11 +82,14 @@ def _run(args: argparse.Namespace, parallel: ParallelConfig, processes: Processe
         parallel=parallel,
         max_batch_size=args.max_batch_size,
         max_num_tokens=args.max_num_tokens,
-        max_seq_len=longest + 1 if texts is None else None,
+        max_seq_len=longest + 1 if lines is None else None,
         cache_config={"enable_reuse": False, "dtype": args.cache_dtype},  # repeats must compute everything again
         decode_config={"steps_per_launch": args.steps_per_launch},
         progress=processes.is_first,
     ) as llm:
+        if lines is not None:
+            lines = lines[: args.num_prompts]
+            check_lengths(llm, lines, args.output_len, args.prompt_file)
         say = _printer() if processes.is_first else _silent
         points = []
         for input_len in args.input_lens:
@@ -94,9 +98,10 @@ def _run(args: argparse.Namespace, parallel: ParallelConfig, processes: Processe
                 points.append(measure_point(llm, batch, input_len, args.output_len, args.repeats, args.seed))
         throughput = None
         if args.num_prompts:
-            prompts: list[Any] = [] if texts is None else texts[: args.num_prompts]
-            if texts is None:
-                prompts = random_prompts(llm, args.num_prompts, max(args.input_lens), args.seed)
+            if lines is None:
+                prompts: list[Any] = random_prompts(llm, args.num_prompts, max(args.input_lens), args.seed)
+            else:
+                prompts = [text for _, text in lines]
             say(f"throughput: {len(prompts)} prompts")
             throughput = measure_throughput(llm, prompts, args.output_len, args.repeats)
         report = _report(args, parallel, llm, points, throughput)
@@ -173,17 +178,6 @@ def _timed(run: Callable[[], list[RequestOutput]], repeats: int) -> list[tuple[f
         outputs = run()
         runs.append((time.perf_counter() - start, outputs))
     return runs
-
-
-def _read_prompts(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt-file {path}: must be UTF-8 text, and is not at byte {error.start}") from None
-    prompts = [line for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"--prompt-file {path}: must have at least one line that is not empty")
-    return prompts
 
 
 def _report(

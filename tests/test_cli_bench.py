@@ -9,6 +9,7 @@ import pytest
 
 from minimax_jax import MiniMaxM3Config, MiniMaxM3ForCausalLM
 from minimax_jax.cli import main
+from minimax_jax.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,13 +55,47 @@ def test_bench_writes_its_results(checkpoint, tmp_path, capsys):
         (["--batch-sizes", "1,x"], "--batch-sizes: must be an integer >= 1, got 'x'"),
         (["--output-len", "1"], "--output-len: must be an integer >= 2, got '1'"),
         (["--steps-per-launch", "0"], "--steps-per-launch: must be an integer within 1..256, got '0'"),
-        (["--prompt-file", "/nowhere"], "/nowhere: No such file or directory"),
+        (["--prompt-file", "/nowhere"], "--prompt-file /nowhere: No such file or directory"),
+        (["--prompt-file", "/"], "--prompt-file /: Is a directory"),
         (["--tp", "3"], "tensor = 3: must be one of 1, 2, 4, 8 (tensor is --tp, "),
     ],
 )
 def test_bad_bench_arguments_are_named(arguments, message, tmp_path, capsys):
     assert main(["bench", *arguments, "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "must have at least one line that is not empty"),
+        (b"\n \r\n\t", "must have at least one line that is not empty"),
+        (b"text\nmore\n\xff\xfe\n", "must be UTF-8 text, and is not at byte 10, in line 3"),
+    ],
+)
+def test_prompt_files_that_hold_no_prompts_are_named_before_anything_loads(content, message, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    assert main(["bench", "--model", "/nowhere", "--prompt-file", str(tmp_path / "prompts.txt")]) == 2
+    assert f"--prompt-file {tmp_path / 'prompts.txt'}: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_bench_takes_prompts_from_a_file(tmp_path, capsys):
+    """One a line, whatever else ends lines elsewhere; as many as are asked for, each with room for its answer."""
+    path, texts = tmp_path / "prompts.txt", ["In the beginning", "And the\u2028earth \x0c was"]
+    path.write_text("\n".join([texts[0], "", texts[1] + "\r", "light " * 9000]), encoding="utf-8")
+    arguments = ["--prompt-file", str(path), "--batch-sizes", "1", "--input-lens", "9", "--output-len", "4"]
+    limits = ["--repeats", "1", "--max-batch-size", "2", "--max-num-tokens", "16", "--out", str(tmp_path / "out")]
+    assert main(["bench", *arguments, *limits, "--num-prompts", "2"]) == 0
+    throughput = json.loads((tmp_path / "out" / "bench.json").read_text())["throughput"]
+    tokenizer = Tokenizer.from_pretrained("tiny")
+    given = sum(1 + len(tokenizer.encode(text)) for text in texts)  # each begins with the document-start token
+    assert (throughput["prompts"], throughput["prompt_tokens"], throughput["new_tokens"]) == (2, given, 8)
+    capsys.readouterr()
+    assert main(["bench", *arguments, *limits]) == 2
+    printed = capsys.readouterr()
+    assert f"--prompt-file {path}: line 4 has " in printed.err and "room for --output-len 4" in printed.err
+    assert "latency" not in printed.out + printed.err
 
 
 def test_the_script_says_what_is_wrong_and_how_to_use_it():

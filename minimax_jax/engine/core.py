@@ -151,9 +151,9 @@ class EngineCore:
     def _count(self, step: LaunchedStep) -> None:
         self.counts.launches += 1
         self.counts.steps[step.kind, step.how] += step.plans[0].num_steps
-        if step.kind == "prefill":
-            rows = (row for plan in step.plans for row in plan.rows)
-            self.counts.prompt_tokens += sum(row.num_tokens for row in rows if row.start < row.sequence.num_prompt)
+        # of steps of one token a row too: it may be a prompt's last or only one
+        rows = (row for plan in step.plans for row in plan.rows if row.start < row.sequence.num_prompt)
+        self.counts.prompt_tokens += sum(min(row.num_tokens, row.sequence.num_prompt - row.start) for row in rows)
 
     def _read(self, *, clear: bool = True) -> list[Sequence]:
         """Takes in the tokens of the step in flight, waiting for them.
@@ -191,9 +191,9 @@ class EngineCore:
                 touched.append(sequence)
                 own_tokens = chosen[number][: row.num_chosen]
                 asked: list[Any] | None = None
-                if logprobs is not None and sequence.params.logprobs is not None:
+                if logprobs is not None and (most := sequence.params.logprobs) is not None:
                     at = (group, number, slice(row.num_chosen))
-                    asked = by_token(jax.tree.map(lambda x, at=at: x[at], logprobs))
+                    asked = by_token(jax.tree.map(lambda x, at=at: x[at], logprobs), most)
                 first = self._take_plain(row, own_tokens, asked)
                 for place, token in enumerate(own_tokens[first:], first):
                     if token == BAD_LOGITS:
@@ -294,7 +294,9 @@ class EngineCore:
                 self.add(child, group=sequence.group)
 
     def _keep_scores(self, sequence: Sequence, first: int, count: int, scores: Any) -> None:
-        for number, one in enumerate(by_token(scores)[:count], first):
+        most = sequence.params.prompt_logprobs
+        assert most is not None
+        for number, one in enumerate(by_token(jax.tree.map(lambda x: x[:count], scores), most), first):
             sequence.prompt_logprobs.setdefault(number, one)
 
     def _start_over(self, plans: Rows[StepPlan], error: Exception) -> list[Sequence]:

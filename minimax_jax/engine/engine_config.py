@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from minimax_jax.cache import check_cache_dtype
+from minimax_jax.integers import integer_within
 
 Config = TypeVar("Config")
 MOST_STEPS = 256  # of one launch
@@ -34,13 +36,18 @@ class CacheConfig:
     enable_reuse: bool = True
 
     def __post_init__(self) -> None:
-        fraction = self.free_memory_fraction
-        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
+        fraction: Any = self.free_memory_fraction
+        real = isinstance(fraction, numbers.Real) and not isinstance(fraction, bool)
+        if not real or not 0 < fraction <= 1:
             raise ValueError(f"free_memory_fraction = {fraction!r}: must be a number within (0, 1]")
+        object.__setattr__(self, "free_memory_fraction", float(fraction))
         for name in ("max_tokens", "page_size"):
             value = getattr(self, name)
-            if not (value is None and name == "max_tokens") and not (_is_int(value) and value >= 1):
+            if value is None and name == "max_tokens":
+                continue
+            if (number := integer_within(value, 1)) is None:
                 raise ValueError(f"{name} = {value!r}: must be an integer >= 1")
+            object.__setattr__(self, name, number)
         check_cache_dtype(self.dtype, "dtype")
         _require_bools(self, "enable_reuse")
 
@@ -98,8 +105,11 @@ class DecodeConfig:
                 object.__setattr__(self, name, _sizes(name, getattr(self, name)))
         _require_bools(self, "enable_padding", "graph_loops")
         steps = self.steps_per_launch
-        if steps != "auto" and not (isinstance(steps, int) and _is_int(steps) and 1 <= steps <= MOST_STEPS):
+        if isinstance(steps, str) and steps == "auto":
+            return
+        if (number := integer_within(steps, 1, MOST_STEPS)) is None:
             raise ValueError(f"steps_per_launch = {steps!r}: must be an integer within 1..{MOST_STEPS}, or 'auto'")
+        object.__setattr__(self, "steps_per_launch", number)
 
     def steps_on(self, platform: str) -> int:
         """Steps of a launch on "gpu", "cpu", ..., where nothing speaks against more than one."""
@@ -136,10 +146,8 @@ def _require_bools(config: object, *names: str) -> None:
 
 
 def _sizes(name: str, sizes: Any) -> tuple[int, ...]:
-    if not isinstance(sizes, (list, tuple)) or not sizes or not all(_is_int(size) and size >= 1 for size in sizes):
+    given = list(sizes) if isinstance(sizes, (list, tuple)) or getattr(sizes, "ndim", 0) == 1 else []
+    found = [number for size in given if (number := integer_within(size, 1)) is not None]
+    if not given or len(found) < len(given):
         raise ValueError(f"{name} = {sizes!r}: must be a list of integers >= 1")
-    return tuple(sorted(set(sizes)))
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return tuple(sorted(set(found)))

@@ -43,7 +43,11 @@ def token_logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "R"], most: i
     return TokenLogprobs(own[:, 0], ranks.astype(jnp.int32), top_ids, top)
 
 
-def by_token(scores: TokenLogprobs) -> list[TokenLogprobs]:
-    """Of some tokens in a row, on the host: each token's own, as Python numbers."""
-    numbers = (scores.own, scores.ranks, scores.top_ids, scores.top)
+def by_token(scores: TokenLogprobs, most: int) -> list[TokenLogprobs]:
+    """Of some tokens in a row, on the host: each token's own, as Python numbers.
+
+    Args:
+      most: likeliest tokens that were asked for; steps find as many as any row wants, loops as many as may be wanted.
+    """
+    numbers = (scores.own, scores.ranks, scores.top_ids[:, :most], scores.top[:, :most])
     return [TokenLogprobs(*each) for each in zip(*(x.tolist() for x in numbers), strict=True)]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from minimax_jax.engine.generation_config import COLDEST
+from minimax_jax.integers import as_integer, integer_within
 
 MOST_LOGPROBS = 20
 MOST_CHOICES = 64
@@ -103,6 +103,10 @@ class SamplingParams:
         for name in ("ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens"):
             self._require(isinstance(getattr(self, name), bool | np.bool_), name, "True or False")
         self._check_biases()
+        # NumPy's narrow integers do not hold what is added to them
+        for name in ("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs"):
+            self._put(**{name: as_integer(getattr(self, name))})
+        self._put(stop_token_ids=tuple(map(as_integer, self.stop_token_ids)))
 
     def _tuple(self, name: str, allowed: str) -> tuple[Any, ...]:
         """A field's values; none for None."""
@@ -127,7 +131,7 @@ class SamplingParams:
         fine = all(_is_int(i, 0) and _is_number(bias, -100, 100) for i, bias in biases.items())
         self._require(fine, "logit_bias", "token ids >= 0 with numbers in [-100, 100]")
         self._require(len(biases) <= MOST_BIASES, "logit_bias", f"at most {MOST_BIASES} tokens")
-        self._put(logit_bias=biases or None)
+        self._put(logit_bias={as_integer(i): bias for i, bias in biases.items()} or None)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises ValueError if an id that is named is no token."""
@@ -157,12 +161,7 @@ class SamplingParams:
 
 
 def _is_int(value: Any, least: float, most: float = _MOST_INT) -> bool:
-    if isinstance(value, bool):
-        return False
-    try:
-        return least <= operator.index(value) <= most
-    except TypeError:
-        return False
+    return integer_within(value, least, most) is not None
 
 
 def _is_number(value: Any, least: float, most: float = _MOST_FLOAT) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from minimax_jax.config import MiniMaxM3Config
+from minimax_jax.integers import integer_within
 
 TENSOR_SIZES = (1, 2, 4, 8)
 
@@ -58,10 +59,12 @@ class ParallelConfig:
             value = getattr(self, key)
             if value is None and key == "all_to_all_tokens":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if (number := integer_within(value, 1)) is None:
                 found.append(f"{key} = {value!r}: must be an integer >= 1")
-            elif key == "tensor" and value not in TENSOR_SIZES:
-                found.append(f"tensor = {value}: must be one of {', '.join(map(str, TENSOR_SIZES))}")
+                continue
+            object.__setattr__(self, key, number)
+            if key == "tensor" and number not in TENSOR_SIZES:
+                found.append(f"tensor = {number}: must be one of {', '.join(map(str, TENSOR_SIZES))}")
         if not found and self.expert % self.attention_data:
             found.append(f"expert = {self.expert}: must be a multiple of attention_data = {self.attention_data}")
         if not found and self.attention_data % self.hosts:

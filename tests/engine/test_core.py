@@ -1,5 +1,6 @@
 """The engine's loop over a runner that only pretends, where a device's faults can be placed at will."""
 
+import dataclasses
 import queue
 from types import SimpleNamespace
 
@@ -11,7 +12,8 @@ from minimax_jax.cache import PageAllocator
 from minimax_jax.engine.core import EngineCore, RunAhead
 from minimax_jax.engine.engine_thread import EngineThread
 from minimax_jax.engine.errors import DeviceStepError, EngineClosedError, NonFiniteLogitsError
-from minimax_jax.engine.launched_step import LaunchedStep
+from minimax_jax.engine.launched_step import LaunchedStep, PromptScores
+from minimax_jax.engine.logprobs import TokenLogprobs
 from minimax_jax.engine.request import Request
 from minimax_jax.engine.sampling_params import SamplingParams
 from minimax_jax.engine.scheduler import Scheduler
@@ -110,6 +112,76 @@ def test_each_data_ranks_rows_get_its_own_tokens(steps):
     assert sorted(map(len, running)) == [2, 2, 2]
     for group, sequences in enumerate(running):
         assert all(list(sequence.output) == [1 + group] * 6 for sequence in sequences)
+
+
+def scores_of(places):
+    """Log probabilities that say of which place they are, with 32 tokens beside each as in a loop."""
+    beside = places[..., None] * 32 + np.arange(32)
+    return TokenLogprobs(-places.astype(np.float32), places, beside, -beside.astype(np.float32))
+
+
+class ScoringRunner(PretendedRunner):
+    """Tokens follow from the place that they take; nothing can be chosen for `bad`."""
+
+    bad = 1_009
+
+    def places(self, sequence, first, count):
+        return sequence.order[0] * 1_000 + sequence.order[1] * 100 + first + np.arange(count)
+
+    def launch(self, plans):
+        scores = []
+        for row in (row for plan in plans for row in plan.rows):
+            first, last = row.start + 1, min(row.start + row.num_tokens, row.sequence.num_prompt - 1)
+            asked = row.sequence.params.prompt_logprobs is not None and row.sequence.parent is None
+            if asked and row.start < last:
+                padded = scores_of(self.places(row.sequence, first, 40))
+                scores.append(PromptScores(row.sequence, first, last - row.start, padded))
+        return dataclasses.replace(super().launch(plans), prompt_scores=tuple(scores))
+
+    def fetch(self, step):
+        places = np.zeros((len(self.tables), 4, step.plans[0].num_steps), int)
+        for group, plan in enumerate(step.plans):
+            for number, row in enumerate(plan.rows):
+                places[group, number] = self.places(row.sequence, row.start + row.num_tokens, places.shape[2])
+        return np.where(places == self.bad, BAD_LOGITS, places % 50), scores_of(places)
+
+    def fetch_scores(self, scores):
+        return scores.scores
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("steps", [1, 3, 8])
+def test_each_token_keeps_its_own_log_probabilities_and_no_more_than_were_asked_for(steps, groups):
+    """Through stop ids, length, bad logits, forks and preemption."""
+    runner = ScoringRunner(segmented=False, fail_at=0, groups=groups)
+    schedulers = [Scheduler(PageAllocator(7), page_size=4, max_batch_size=4, max_num_tokens=32) for _ in range(groups)]
+    core = EngineCore(runner, schedulers, run_ahead=RunAhead(steps), end_ids=[49])
+    made = []
+    for index, most in enumerate((5, 2, None, 0, 1, 20, 3, 5) * 2):
+        stops = [(index * 1_000 + 12) % 50] if index % 4 == 3 else []
+        params = SamplingParams(max_tokens=17, logprobs=most, prompt_logprobs=most, stop_token_ids=stops)
+        parent = Sequence(np.arange(3 + index % 5), params, order=(index, 0), max_new=17)
+        child = Sequence(np.arange(3 + index % 5), params, order=(index, 1), max_new=17, parent=parent)
+        made += [parent, child] if index % 3 == 0 else [parent]
+    for sequence in made:
+        core.add(sequence)
+    while core.busy:
+        core.step()
+    assert sum(scheduler.preemptions for scheduler in schedulers) > 2
+    assert {sequence.finish_reason for sequence in made} == {"stop", "length", "error"}
+    for sequence in made:
+        most, length = sequence.params.logprobs, sequence.num_prompt
+        expected = runner.places(sequence, length, len(sequence.output))
+        check_scores(sequence.logprobs, [] if most is None else expected, most)
+        scored = dict(sorted(sequence.prompt_logprobs.items()))
+        assert list(scored) == ([] if most is None or sequence.parent else list(range(1, length)))
+        check_scores(scored.values(), runner.places(sequence, 1, len(scored)), most)
+
+
+def check_scores(scores, places, most):
+    for each, place in zip(scores, places, strict=True):
+        assert (each.own, each.ranks) == (-place, place)
+        assert each.top_ids == [place * 32 + i for i in range(most)] == [-top for top in each.top]
 
 
 @pytest.mark.parametrize("bad_at", [1, 3, 4])

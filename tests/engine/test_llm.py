@@ -21,7 +21,7 @@ from minimax_jax.tokenizer import Tokenizer
 def tiny():
     shapes = {"segment_config": {"buckets": [64], "enabled": False}, "decode_config": {"batch_sizes": [4]}}
     cache = {"max_tokens": 16 * 128}
-    with LLM("tiny", max_batch_size=4, max_num_tokens=64, max_seq_len=256, cache_config=cache, **shapes) as llm:
+    with LLM("tiny", max_batch_size=4, max_num_tokens=64, max_seq_len=384, cache_config=cache, **shapes) as llm:
         yield llm
 
 
@@ -85,8 +85,8 @@ def test_a_stream_grows_and_never_shows_half_a_stop_string(tiny):
     assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
     assert outputs[-1].finished and not any(output.finished for output in outputs[:-1])
     assert all(free.outputs[0].text.partition(stop)[0].startswith(text) for text in texts)
-    with pytest.raises(ValueError, match="the prompt has 300 tokens: must be at most 255"):
-        asyncio.run(anext_of(tiny.generate_async([1] * 300)))
+    with pytest.raises(ValueError, match="the prompt has 400 tokens: must be at most 383"):
+        asyncio.run(anext_of(tiny.generate_async([1] * 400)))
 
 
 def test_a_stream_looks_at_each_token_once_and_its_outputs_stay_as_they_were(llm, monkeypatch):
@@ -154,6 +154,13 @@ def test_a_conversation_goes_through_the_template(tiny):
     text = tiny.tokenizer.apply_chat_template(messages, thinking_mode="disabled", tokenize=False)
     assert one[0].prompt == text and one[0].prompt_token_ids == tiny.tokenizer.encode(text)
     assert [o.outputs for o in two] == [one[0].outputs] * 2
+    own = [{"temperature": 0, "max_tokens": count} for count in (1, 2)]
+    each = tiny.chat([messages, messages], [SamplingParams(**how) for how in own], thinking_mode="disabled")
+    assert [o.outputs[0].token_ids for o in each] == [one[0].outputs[0].token_ids[:count] for count in (1, 2)]
+    tools = [{"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}]
+    (called,) = tiny.chat(messages, SamplingParams(temperature=0, max_tokens=1), tools=tools)
+    assert called.prompt == tiny.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False) != text
+    assert '"f"' in called.prompt and called.error is None
     with pytest.raises(ValueError, match=r"messages\[0\].role"):
         tiny.chat([{"role": "nobody", "content": "x"}], params)
 
@@ -194,6 +201,7 @@ def test_stop_strings_over_every_cut_of_the_text():
         ({"stop_token_ids": 5}, "stop_token_ids = 5: must be token ids"),
         ({"logit_bias": [1]}, r"logit_bias = \[1\]: must be a dict of token ids"),
         ({"ignore_eos": "no"}, "ignore_eos = 'no': must be True or False"),
+        ({"max_tokens": True}, "max_tokens = True: must be an integer within 1..2147483647, or None"),
     ],
 )
 def test_parameters_out_of_range_are_named(options, message):
@@ -225,6 +233,15 @@ def test_parameters_out_of_range_are_named(options, message):
         ({"parallel": "x"}, "parallel = 'x': must be a ParallelConfig or None"),
         ({"max_seq_len": 100.5}, "max_seq_len = 100.5: must be an integer >= 0"),
         ({"seed": -1}, "seed = -1: must be an integer >= 0"),
+        ({"max_batch_size": True}, "max_batch_size = True: must be an integer >= 1"),
+        ({"max_num_tokens": np.float32(64)}, r"max_num_tokens = np.float32\(64.0\): must be an integer >= 1"),
+        ({"max_seq_len": np.bool_(True)}, "max_seq_len = np.True_: must be an integer >= 0"),
+        ({"tensor_parallel_size": "2"}, "tensor_parallel_size = '2': must be an integer >= 1"),
+        ({"moe_expert_parallel_size": False}, "moe_expert_parallel_size = False: must be an integer >= 1"),
+        ({"cache_config": {"page_size": True}}, "cache_config: page_size = True: must be an integer >= 1"),
+        ({"segment_config": {"buckets": np.ones(2)}}, "segment_config: buckets = .* must be a list of integers >= 1"),
+        ({"segment_config": {"buckets": np.array(64)}}, "segment_config: buckets = .* must be a list of integers >= 1"),
+        ({"decode_config": {"steps_per_launch": np.array([1, 2])}}, "decode_config: steps_per_launch = array"),
         ({"cache_config": {"enable_reuse": 1}}, "cache_config: enable_reuse = 1: must be True or False"),
         ({"decode_config": {"graph_loops": "no"}}, "decode_config: graph_loops = 'no': must be True or False"),
     ],
@@ -232,6 +249,37 @@ def test_parameters_out_of_range_are_named(options, message):
 def test_settings_that_do_not_fit_are_named(model, options, message):
     with pytest.raises(ValueError, match=message):
         small_llm(model, **options)
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.int64])
+def test_integers_may_be_numpys(model, kind):
+    sizes = {name: kind(value) for name, value in {"max_batch_size": 8, "max_num_tokens": 64, "seed": 3}.items()}
+    ranks = {"tensor_parallel_size": kind(1), "moe_expert_parallel_size": kind(1)}
+    configs = {
+        "cache_config": {"page_size": kind(16), "max_tokens": kind(640), "free_memory_fraction": np.float32(0.5)},
+        "segment_config": {"buckets": np.array([64, 32], kind), "enabled": False},
+        "decode_config": {"batch_sizes": [kind(8)], "page_buckets": (kind(32),), "steps_per_launch": kind(1)},
+    }
+    plain = {
+        "cache_config": {"max_tokens": 640, "page_size": 16},
+        "segment_config": {"buckets": (64, 32), "enabled": False},
+    }
+    params, outputs = SamplingParams(temperature=0, max_tokens=np.uint8(9), seed=np.uint8(1)), []
+    for options in ({**sizes, **ranks, **configs, "max_seq_len": kind(400)}, {**plain, "seed": 3, "max_seq_len": 400}):
+        with small_llm(model, **options) as engine:
+            assert type(engine.max_seq_len) is int and engine.max_seq_len == 400
+            outputs.append(engine.generate([random_prompt(300)], params)[0].outputs)
+    assert outputs[0] == outputs[1] and len(outputs[0][0].token_ids) == 9
+
+
+def test_parameters_that_are_numpys_integers_become_pythons():
+    """Which do not overflow when a narrow one meets the length of a prompt."""
+    given = {"n": 2, "max_tokens": 9, "top_k": 5, "logprobs": 1, "prompt_logprobs": 3, "min_tokens": 2, "seed": 7}
+    params = SamplingParams(
+        **{name: np.uint8(value) for name, value in given.items()}, logit_bias={np.uint8(3): 1.0},
+        stop_token_ids=np.array([5, 6], np.uint8),
+    )  # fmt: skip
+    assert repr(params) == repr(SamplingParams(**given, logit_bias={3: 1.0}, stop_token_ids=[5, 6]))
 
 
 @pytest.mark.parametrize("prompts", [5, None, {"prompt": "x"}])

@@ -1,12 +1,15 @@
 """Many requests at once give the tokens that each gives alone, whatever happens to the pages meanwhile."""
 
 import asyncio
+import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from serving import check_nothing_left, checked, random_requests, small_llm
 from small_models import random_prompt, small_model
 
+from minimax_jax import MiniMaxM3ForCausalLM
 from minimax_jax.engine.sampling_params import SamplingParams
 from minimax_jax.llm import LLM
 
@@ -94,6 +97,47 @@ def test_a_second_prompt_computes_only_what_follows_the_common_pages(model, alon
         again = llm.generate([second], params)[0]
         assert again.num_cached_tokens == 208  # pages that its own prompt filled
     assert output.outputs[0].token_ids == again.outputs[0].token_ids == alone(second, params)[0]
+
+
+def test_four_thousand_common_tokens_are_not_computed_again_and_their_index_keys_decide(model):
+    config = dataclasses.replace(model.config, max_position_embeddings=4096)
+    longer, params = MiniMaxM3ForCausalLM(config, model.state()), SamplingParams(temperature=0, max_tokens=12)
+    shapes = {
+        "max_num_tokens": 512,
+        "segment_config": {"buckets": (512,), "enabled": False},
+        "decode_config": {"batch_sizes": (8,), "page_buckets": (256,)},
+    }
+    common = random_prompt(4000)
+    first, second = common + random_prompt(20, seed=1), common + random_prompt(30, seed=2)
+
+    def answer(llm, prompt):
+        """Its tokens, and how many of the prompt were computed."""
+        before = llm.stats().prompt_tokens
+        output = llm.generate([prompt], params, use_tqdm=False)[0]
+        computed = llm.stats().prompt_tokens - before
+        assert output.error is None and output.num_cached_tokens == len(prompt) - computed
+        return output.outputs[0].token_ids, computed
+
+    with small_llm(longer, pages=300, **shapes) as fresh:
+        alone, computed = answer(fresh, second)
+        assert computed == 4030
+    with small_llm(longer, pages=300, **shapes) as llm:
+        assert answer(llm, first)[1] == 4020
+        assert answer(llm, second) == (alone, 30) and answer(llm, second) == (alone, 14)
+        with llm._core.runner.pool.borrow() as lent:  # keys and values stay as they are
+            lost = tuple(None if keys is None else jnp.zeros_like(keys) for keys in lent.caches.index)
+            lent.caches = dataclasses.replace(lent.caches, index=lost)
+        without, computed = answer(llm, second)
+        assert computed == 14 and without != alone
+
+
+@pytest.mark.parametrize("rest", [1, 2])
+def test_prompt_tokens_are_counted_where_a_step_computes_one_of_each_row(model, rest):
+    with small_llm(model, pages=FEW) as llm:
+        for prompt, computed in ((random_prompt(80), 80), (random_prompt(80 + rest), rest), ([7], 1)):
+            before = llm.stats().prompt_tokens
+            llm.generate([prompt], SamplingParams(temperature=0, max_tokens=4))
+            assert llm.stats().prompt_tokens - before == computed
 
 
 def test_answers_of_one_prompt_differ_and_equal_those_of_a_batch_of_its_own(model, alone):

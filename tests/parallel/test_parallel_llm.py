@@ -54,4 +54,5 @@ def test_attention_data_parallelism_takes_the_place_of_tensor_parallelism():
     from minimax_jax.llm import _parallel
 
     assert _parallel(8, None, True) == ParallelConfig(1, 8, 8) and _parallel(8, 8, False) == ParallelConfig(8, 8, 1)
+    assert repr(ParallelConfig(np.int64(2), np.int8(4), np.uint8(2))) == repr(ParallelConfig(2, 4, 2))
     assert _parallel(1, None, False) == ParallelConfig() and _parallel(1, 8, False) == ParallelConfig(1, 8, 1)
