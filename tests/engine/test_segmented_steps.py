@@ -17,7 +17,7 @@ from segmented_steps import (
     segmented_steps,
     whole_hidden,
 )
-from small_models import random_prompt, small_config, small_model
+from small_models import drawn_model, random_prompt, small_config
 
 from minimax_jax import MiniMaxM3ForCausalLM
 from minimax_jax.attention import BoundaryAttend, PagedAttention
@@ -35,7 +35,7 @@ TABLES = np.array([[5, 2, 7, 0], [1, 3, 9, 4]])
 
 @pytest.fixture(scope="module")
 def model():
-    return small_model()
+    return drawn_model()
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +57,17 @@ def check_equal(model, steps, parts):
     made = [make_step(model.config, TABLES[: len(kv)], new, kv, number) for number, (new, kv) in enumerate(parts)]
     whole = pool_of(model)
     expected = [whole_hidden(model, whole, step) for step in made]
-    outcomes = []
+    # one pool, since captures belong to it; each turn writes the same keys and values to the same places
+    pool, outcomes, before = pool_of(model), [], steps.layers.stats()
     for _ in range(3):
-        pool = pool_of(model)
         outcomes.append([run_hidden(steps, model, pool, step) for step in made])
         assert_same_pools(pool, whole)
     for got, other in zip(outcomes[0], expected, strict=True):
         assert_close_logits(logits_of(model, got), logits_of(model, other))
     for again in outcomes[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(outcomes[0], again, strict=True))
+    stats = steps.layers.stats()
+    assert stats.replays > before.replays or stats.fallbacks == before.fallbacks + 3 * len(made)
 
 
 @pytest.mark.parametrize(
@@ -93,20 +95,6 @@ def test_segments_of_the_embedded_checkpoint_equal_whole_steps():
     tiny = MiniMaxM3ForCausalLM.from_pretrained("tiny", "float32", progress=False)
     steps = segmented_steps(tiny, buckets=(64, 160))
     check_equal(tiny, steps, [([140, 5], [140, 5]), ([1, 50], [141, 55])])
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"layer_types": ("minimax_m3_sparse",) * 2, "mlp_layer_types": ("sparse",) * 2},
-        {"layer_types": ("full_attention",) * 2, "mlp_layer_types": ("sparse", "dense"), "tie_word_embeddings": True},
-        {"num_key_value_heads": 4, "index_n_heads": 1, "index_topk_blocks": 1, "num_experts_per_tok": 1},
-    ],
-    ids=["all sparse", "all dense", "one index head"],
-)
-def test_segments_equal_whole_steps_for_other_configs(changes):
-    model = small_model(seed=5, **changes)
-    check_equal(model, segmented_steps(model), [([30, 2], [30, 2])])
 
 
 def test_replays_are_bit_equal_to_the_same_segments_run_eagerly(model, steps):
