@@ -81,13 +81,26 @@ class Boundary:
             trace, so another runtime traces again.
 
         Raises:
-          ValueError: if the output buffer's shape or dtype differs from the declared result's.
+          BoundaryResultError: if `abstract` declares what has no shape and dtype, or the output buffer's differ from
+            the declared result's.
+          Exception: as `abstract` raised it, with boundary and static values as a note.
         """
         shapes = jax.eval_shape(lambda *xs: xs, *operands)
-        declared = self.abstract(*shapes, **static)
+        call = describe(self.name, tuple(sorted(static.items())))
+        try:
+            declared = self.abstract(*shapes, **static)
+        except Exception as error:
+            error.add_note(f"boundary {call}: in its abstract function")
+            raise
         results, out_tree = jax.tree.flatten(declared)
+        for result in results:
+            if not (hasattr(result, "shape") and hasattr(result, "dtype")):
+                raise BoundaryResultError(
+                    f"boundary {call}: its abstract function declares {type(result).__name__}: must be "
+                    "jax.ShapeDtypeStruct"
+                )
         if self.output is not None:
-            self._check_output(shapes[self.output], results, static)
+            self._check_output(call, shapes[self.output], results)
         leaves, in_tree = jax.tree.flatten(operands)
         bound = boundary_p.bind(
             *leaves,
@@ -100,8 +113,7 @@ class Boundary:
         )
         return jax.tree.unflatten(out_tree, bound)
 
-    def _check_output(self, buffer: Any, results: list[Any], static: dict[str, Hashable]) -> None:
-        call = describe(self.name, tuple(sorted(static.items())))
+    def _check_output(self, call: str, buffer: Any, results: list[Any]) -> None:
         if len(results) != 1 or not hasattr(buffer, "shape"):
             raise BoundaryResultError(
                 f"boundary {call}: with an output buffer there must be one result and one buffer, "

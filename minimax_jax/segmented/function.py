@@ -154,7 +154,7 @@ class SegmentedFunction:
                 self._let_go(old)
             if captures is not None:
                 kind, results = "replays", program.replay(call, captures, spent)
-            elif all(entry.warmups >= self._warmups for entry in program.entries):
+            elif program.is_warm(self._warmups):
                 kind, results = "captures", program.capture(call, spent)
             else:
                 kind, results = "warmups", program.eager(call, spent)
@@ -201,14 +201,12 @@ class SegmentedFunction:
             return self._counts.snapshot(
                 executables=len(self._executables),
                 compile_seconds=self._executables.seconds,
-                segments=len(self._runners),
+                segments=max(
+                    (len(program.entries) for programs in self._programs.values() for program in programs), default=0
+                ),
                 invalidations=max((runner.clears for runner in self._runners), default=0),
                 buckets=tuple(sorted({rows for rows, _ in self._programs})),
-                captured=sum(
-                    all(entry.capture is not None for entry in program.entries)
-                    for programs in self._programs.values()
-                    for program in programs
-                ),
+                captured=sum(program.is_captured for programs in self._programs.values() for program in programs),
             )
 
     def explain(self, *, rows: int | None = None) -> str:
@@ -311,10 +309,11 @@ class SegmentedFunction:
             results = spread_specs("out_specs", self._out_specs, out_trees[0])
             placement = OnMesh(self._mesh, traced.invars, specs, traced.constvars, results)
         built = executables.build(parts, placement)
-        while len(runners) < len(built):
+        needed = max(len(built), 1)
+        while len(runners) < needed:
             runners.append(Runner(len(runners)))
         keep = set(range(len(leaves))) - consumed
-        return Program(Signature(rows, tree, avals), parts, built, runners[: len(built)], keep, placement, out_trees[0])
+        return Program(Signature(rows, tree, avals), parts, built, runners[:needed], keep, placement, out_trees[0])
 
     def _require_boundaries(self, parts: Split) -> None:
         """Names that are neither registered nor met are misspelt: the boundary that was meant would be no split."""

@@ -18,7 +18,7 @@ from minimax_jax.segmented.errors import BoundaryError, StaleCaptureError
 from minimax_jax.segmented.executables import Executable
 from minimax_jax.segmented.jaxprs import is_literal
 from minimax_jax.segmented.placement import Placement
-from minimax_jax.segmented.runner import Capture, Entry, Runner, addresses_of
+from minimax_jax.segmented.runner import Capture, Entry, Record, Runner, addresses_of
 from minimax_jax.segmented.split import Crossing, Segment, Split
 
 
@@ -117,9 +117,11 @@ class Program:
         self.split = split
         self.num_crossings = len(split.crossings)
         self.entries = [Entry(executable) for executable in executables]
+        # a function of nothing but boundaries is warmed up, captured and cleared like others
+        self._records: list[Record] = [*self.entries] or [Record()]
         self.runners = list(runners)
-        for runner, entry in zip(self.runners, self.entries, strict=False):
-            runner.entries[signature] = entry
+        for runner, record in zip(self.runners, self._records, strict=True):
+            runner.entries[signature] = record
         self.captured_leaves = captured_leaves
         self._placement = placement
         slots: dict[Any, int] = {}
@@ -166,14 +168,23 @@ class Program:
             leaf is known or aval_of(leaf) == aval for leaf, known, aval in zip(leaves, held, expected, strict=True)
         )
 
+    def is_warm(self, warmups: int) -> bool:
+        """Whether it ran eagerly that often since it was cleared."""
+        return all(record.warmups >= warmups for record in self._records)
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether all of it is captured, for whatever call."""
+        return all(record.capture is not None for record in self._records)
+
     def captured(self, call: Call) -> list[Capture] | None:
         """The captures that serve this call; None if it must run without them.
 
         Raises:
           StaleCaptureError: if they belong to an earlier life of the call's resources.
         """
-        captures = [entry.capture for entry in self.entries]
-        if not captures or any(capture is None or not capture.belongs_to(call.epoch) for capture in captures):
+        captures = [record.capture for record in self._records]
+        if any(capture is None or not capture.belongs_to(call.epoch) for capture in captures):
             return None
         found = [capture for capture in captures if capture is not None]
         if call.epoch is not None:
@@ -194,8 +205,8 @@ class Program:
     def eager(self, call: Call, spent: HostTime) -> list[Any]:
         """Runs the same executables and remembers nothing but that it warmed up."""
         results = self._run(call, None, None, spent)
-        for entry in self.entries:
-            entry.warmups += 1
+        for record in self._records:
+            record.warmups += 1
         return results
 
     def capture(self, call: Call, spent: HostTime) -> list[Any]:
@@ -203,16 +214,18 @@ class Program:
         fixed = self.captured_leaves
         found = _Recording(fixed, tuple(x if n in fixed else None for n, x in enumerate(call.values)))
         results = self._run(call, None, found, spent)
+        if not self.entries:
+            found.captures.append(Capture((), (), {}, (), (), found.leaves, _weak(call.epoch), call.life))
         if call.epoch is not None:
             call.epoch.watch(self)
             for runner in self.runners:
                 call.epoch.watch(runner)
         self._held = found.leaves
-        for entry, capture in zip(self.entries, found.captures, strict=True):
-            entry.capture = capture
+        for record, capture in zip(self._records, found.captures, strict=True):
+            record.capture = capture
         if call.epoch is not None and call.epoch.value != call.life:
-            for entry in self.entries:  # replaced meanwhile, maybe before the watch began: keep nothing
-                entry.clear()
+            for record in self._records:  # replaced meanwhile, maybe before the watch began: keep nothing
+                record.clear()
             call.epoch.check(call.life, "this capture")
         return results
 
@@ -229,8 +242,8 @@ class Program:
         """Drops the captures if they hold one of these leaves (by id); they are taken anew at the next call."""
         if any(id(leaf) in leaves for leaf in self._held if leaf is not None):
             self._held = ()
-            for entry in self.entries:
-                entry.capture = None
+            for record in self._records:
+                record.capture = None
 
     def _run(self, call: Call, captures: list[Capture] | None, found: _Recording | None, spent: HostTime) -> list[Any]:
         start = time.perf_counter()
@@ -285,10 +298,9 @@ class Program:
         if found is not None:
             moving = tuple((n, slot) for n, slot in enumerate(step.inputs) if held[n] is None)
             outputs = tuple(jax.ShapeDtypeStruct(r.shape, r.dtype) for r in results)
-            epoch = None if call.epoch is None else weakref.ref(call.epoch)
             places = tuple(addresses_of(results).values())
             found.captures.append(
-                Capture(tuple(held), moving, addresses, outputs, places, found.leaves, epoch, call.life)
+                Capture(tuple(held), moving, addresses, outputs, places, found.leaves, _weak(call.epoch), call.life)
             )
 
     def _captured_arguments(self, step: _Compute, values: list[Any], fixed: set[int]) -> list[Any]:
@@ -335,3 +347,7 @@ class Program:
                 result = jax.numpy.array(result, copy=True)
             held.add(id(result))
             values[slot] = result
+
+
+def _weak(epoch: Epoch | None) -> weakref.ref[Epoch] | None:
+    return None if epoch is None else weakref.ref(epoch)

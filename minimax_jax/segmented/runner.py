@@ -42,17 +42,15 @@ class Capture:
         return (self.epoch() if self.epoch else None) is epoch
 
 
-class Entry:
-    """One segment in one bucket.
+class Record:
+    """Warm-up and capture in one bucket: of a segment, or of a whole call that has none.
 
     Attributes:
-      executable: compiled; survives `clear`.
       warmups: eager calls so far.
       capture: None before it was captured, and after `clear`.
     """
 
-    def __init__(self, executable: Executable):
-        self.executable = executable
+    def __init__(self) -> None:
         self.warmups = 0
         self.capture: Capture | None = None
 
@@ -62,8 +60,20 @@ class Entry:
         self.capture = None
 
 
+class Entry(Record):
+    """One segment in one bucket.
+
+    Attributes:
+      executable: compiled; survives `clear`.
+    """
+
+    def __init__(self, executable: Executable):
+        super().__init__()
+        self.executable = executable
+
+
 class Runner:
-    """One segment over all buckets.
+    """One segment over all buckets; the first one also stands for calls without segments.
 
     Attributes:
       index: which segment, counted from the function's start.
@@ -74,7 +84,7 @@ class Runner:
     def __init__(self, index: int):
         self.index = index
         self.clears = 0
-        self.entries: dict[Hashable, Entry] = {}
+        self.entries: dict[Hashable, Record] = {}
 
     def clear(self) -> None:
         """Clears every bucket; executables and buckets stay, so that capturing again compiles nothing."""

@@ -1,5 +1,7 @@
 """Steps of small models, segmented and whole, for the tests of execution modes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,23 +45,32 @@ def run_hidden(steps: SegmentedPrefill, model, pool, step: FlatStep, *, eager=Fa
 
 def whole_hidden(model, pool, step: FlatStep):
     """The same as one jit with functional caches; the pool is updated."""
-    names, graphdef, config = model._names, model._graphdef, model.config
+    layout = step.layout
+    batch = Batch(*map(jnp.asarray, (layout.block_tables, layout.query_starts, layout.kv_lens)))
+    run = _whole_step(model.config, model._graphdef, model._names)
+    hidden, caches = run(model._leaves, pool.caches, step.tokens, step.positions, layout.slots, batch)
+    pool.store(caches, pool.epoch.value)
+    return np.asarray(hidden)
 
+
+@functools.lru_cache(8)
+def _whole_step(config, graphdef, names):
     @jax.jit
     def run(leaves, caches, tokens, positions, slots, batch):
         attend = TracedAttend(config, caches, batch, slots)
         merged = merge_model(graphdef, dict(zip(names, leaves, strict=True)))
         return merged.run_layers(merged.embed(tokens), positions, attend), attend.caches()
 
-    layout = step.layout
-    batch = Batch(*map(jnp.asarray, (layout.block_tables, layout.query_starts, layout.kv_lens)))
-    hidden, caches = run(model._leaves, pool.caches, step.tokens, step.positions, layout.slots, batch)
-    pool.store(caches, pool.epoch.value)
-    return np.asarray(hidden)
+    return run
 
 
 def logits_of(model, hidden):
-    return np.asarray(merge_model(model._graphdef, model.state()).head(jnp.asarray(hidden)))
+    return np.asarray(_head(model._graphdef, model._names)(model._leaves, hidden))
+
+
+@functools.lru_cache(8)
+def _head(graphdef, names):
+    return jax.jit(lambda leaves, hidden: merge_model(graphdef, dict(zip(names, leaves, strict=True))).head(hidden))
 
 
 def assert_close_logits(got, expected, tolerance=1e-5):

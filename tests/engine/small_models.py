@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from minimax_jax import MiniMaxM3Config, MiniMaxM3ForCausalLM
+from minimax_jax.model import abstract_model, split_model
 
 VOCAB = 96
 
@@ -47,6 +48,19 @@ def small_model(seed: int = 0, scale: float = 12.0, **changes) -> MiniMaxM3ForCa
     for i, name in enumerate(name for name in state if name.endswith("norm.weight")):
         state[name] = 0.3 * jax.random.normal(jax.random.fold_in(key, i), state[name].shape)
     return MiniMaxM3ForCausalLM(model.config, state)
+
+
+def drawn_model(seed: int = 0, scale: float = 0.24, **changes) -> MiniMaxM3ForCausalLM:
+    """As `small_model`, with weights of NumPy's: JAX compiles one draw for each shape, for longer than a test runs."""
+    config, random = small_config(**changes), np.random.default_rng(seed)
+    _, shapes = split_model(abstract_model(config, np.float32))
+    state = {}
+    for name, leaf in shapes.items():
+        spread = 0.3 if name.endswith("norm.weight") else 0.02 if "mlp.gate." in name else scale
+        drawn = leaf.ndim >= 2 or name.endswith("norm.weight")  # biases are zeros
+        values = random.normal(0, spread, leaf.shape) if drawn else np.zeros(leaf.shape)
+        state[name] = jax.numpy.asarray(values.astype(np.float32))
+    return MiniMaxM3ForCausalLM(config, state)
 
 
 def random_prompt(length: int, seed: int = 0) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import cProfile
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -183,6 +185,20 @@ def test_merged_weights_are_the_ones_used(weights, run):
 def test_tied_model_has_no_head_of_its_own():
     _, names = split_model(abstract_model(CONFIG.replace(tie_word_embeddings=True)))
     assert "lm_head" not in names
+
+
+def test_abstract_model_takes_equally_long_for_every_layer():
+    """By calls of functions: a busy machine does not change them."""
+
+    def calls(layers):
+        changes = {"layer_types": (SPARSE_ATTENTION,) * layers, "mlp_layer_types": (MOE_MLP,) * layers}
+        with cProfile.Profile() as profile:
+            abstract_model(CONFIG.replace(num_hidden_layers=layers, **changes))
+        return sum(entry.callcount for entry in profile.getstats())
+
+    calls(1)  # what JAX keeps of a first one
+    few, some, many = calls(4), calls(8), calls(12)
+    assert many - some <= 1.1 * (some - few)
 
 
 def test_abstract_model_takes_no_memory():

@@ -159,6 +159,32 @@ def test_an_error_of_jax_keeps_its_kind_and_is_told_where_it_came_from(name):
     assert f"boundary '{name}'(layer=2) (call 1, after segment 0, 6 rows)" in caught.value.__notes__
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda fn: segmented(fn, boundaries=("test_passing",)), jax.jit, lambda fn: fn],
+    ids=["split", "jit", "direct"],
+)
+def test_an_error_of_an_abstract_function_keeps_its_kind_and_names_the_boundary(name, wrap):
+    def abstract(x, *, layer):
+        if layer == 3:
+            raise KeyError("no such layer")
+        return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+    bad = boundary(name, abstract=abstract)(lambda call, x, *, layer: x)
+    fn = wrap(lambda _, x: bad(bad(x, layer=2), layer=3))
+    with pytest.raises(KeyError, match="no such layer") as caught:
+        fn(None, rows_of(6))
+    assert f"boundary '{name}'(layer=3): in its abstract function" in caught.value.__notes__
+
+
+def test_a_declared_result_without_shape_and_dtype_is_named(name):
+    bad = boundary(name, abstract=lambda x, **_: (x, x.shape))(lambda call, x, *, layer: x)
+    with pytest.raises(
+        BoundaryResultError, match=rf"'{name}'\(layer=3\): its abstract function declares int: must be jax.ShapeD"
+    ):
+        jax.eval_shape(lambda x: bad(x, layer=3), rows_of(6))
+
+
 def test_a_misspelt_boundary_is_no_split_and_is_named():
     fn = segmented(lambda _, x: into(x), boundaries=(*NAMES, "test_scal"))
     with pytest.raises(ValueError, match="boundaries has 'test_scal': must be registered, or met in lambda"):

@@ -10,6 +10,7 @@ from segmented_samples import (
     NAMES,
     ROWS,
     WIDTH,
+    Runtime,
     assert_same,
     bump,
     compilations,
@@ -20,6 +21,8 @@ from segmented_samples import (
     stack,
     weights,
 )
+
+from minimax_jax.segmented import Epoch
 
 CONSTANT = np.linspace(-1, 1, WIDTH, dtype=np.float32)
 
@@ -193,6 +196,33 @@ def test_boundaries_inside_control_flow_are_refused_by_name_or_called_back():
     with pytest.raises(ValueError, match=r"'test_scale'\(layer=5\) stands inside (scan|while): .*unroll it"):
         segmented(fn)(None, rows_of(ROWS))
     np.testing.assert_allclose(segmented(fn, boundaries=())(None, rows_of(ROWS)), 49 * rows_of(ROWS), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fn", "segments"),
+    [
+        (lambda w, x: jnp.tanh(x @ w), 1),
+        (lambda w, x: pair({"a": x}, x)["sum"], 0),
+        (lambda w, x: x, 0),
+    ],
+    ids=["no boundary", "nothing else", "neither"],
+)
+def test_functions_without_a_split_warm_up_are_captured_and_replay_too(fn, segments):
+    epoch, w, x = Epoch(), weights(1)[0], rows_of(ROWS - 1)
+    split = segmented(fn)
+    expected = fn(w, jnp.asarray(x))
+    for life in (0, 1):
+        for number, captured in enumerate((0, 1, 1, 1)):
+            got = split(w, x, runtime=Runtime(epoch))[: ROWS - 1]
+            np.testing.assert_allclose(got, expected, rtol=1e-5)
+            assert split.stats().captured == captured, number
+        stats = split.stats()
+        assert (stats.warmups, stats.captures, stats.replays) == (1 + life, 1 + life, 2 + 2 * life)
+        assert stats.segments == segments == stats.executables and stats.traces == 1
+        epoch.advance()
+        stats = split.stats()
+        assert stats.captured == 0 and stats.invalidations == 1 + life
+    assert f"{segments} segments ({segments} executables)" in split.explain()
 
 
 def test_python_numbers_keep_their_weak_type():
