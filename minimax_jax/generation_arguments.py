@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from minimax_jax.engine.generation_config import NOT_SERVED, GenerationConfig
+from minimax_jax.integers import integer_within
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(GenerationConfig) if field.name != "extra")
 # More options of transformers that change what generate does -> the values at which they do nothing here.
@@ -89,9 +90,9 @@ def _new_tokens(source: Mapping[str, Any], prompt_length: int) -> int | None:
         return most
     if most is not None:
         raise ValueError("max_length and max_new_tokens: give one of them")
-    if not isinstance(length, int) or isinstance(length, bool) or length <= prompt_length:
+    if (number := integer_within(length, prompt_length + 1)) is None:
         raise ValueError(f"max_length = {length!r}: must be an integer above the prompts' length, {prompt_length}")
-    return length - prompt_length
+    return number - prompt_length
 
 
 def _as_mapping(generation_config: Any) -> Mapping[str, Any]:

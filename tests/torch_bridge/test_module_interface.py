@@ -213,6 +213,7 @@ def test_generation_configs_of_both_libraries(ours):
         transformers.GenerationConfig(max_new_tokens=6, do_sample=False),
         transformers.GenerationConfig(max_length=26),
         {"max_new_tokens": 6},
+        {"max_length": np.int64(26)},
     ):
         assert torch.equal(ours.generate(IDS, generation_config=config), expected)
     sampled = transformers.GenerationConfig(max_new_tokens=6, do_sample=True, temperature=2.0)
