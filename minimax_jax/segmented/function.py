@@ -261,15 +261,15 @@ class SegmentedFunction:
     def _run_exact(self, kind: str, leaves: list[Any], tree: Any, live: int, runtime: Any) -> Any:
         call = dataclasses.replace(_call(list(leaves), live, runtime), size="exact")
         key = (tree, tuple(aval_of(leaf) for leaf in leaves))
-        with self._lock:
-            program = self._exact.pop(key, None)
-            if program is None:
-                # executables of its own, which go with it: sizes without a bucket may be endlessly many
-                program = self._build(leaves, tree, live, Executables(f"{self._label}_exact", self._options), [])
-            self._exact[key] = program
-            while len(self._exact) > _EXACT_PROGRAMS:
-                self._exact.popitem(last=False)
         with self._counting_failures():
+            with self._lock:
+                program = self._exact.pop(key, None)
+                if program is None:
+                    # executables of its own, which go with it: sizes without a bucket may be endlessly many
+                    program = self._build(leaves, tree, live, Executables(f"{self._label}_exact", self._options), [])
+                self._exact[key] = program
+                while len(self._exact) > _EXACT_PROGRAMS:
+                    self._exact.popitem(last=False)
             results = program.eager(call, HostTime())
         self._count(kind, None, 0)
         return jax.tree.unflatten(program.out_tree, results)

@@ -189,8 +189,10 @@ def test_a_misspelt_boundary_is_no_split_and_is_named():
     fn = segmented(lambda _, x: into(x), boundaries=(*NAMES, "test_scal"))
     with pytest.raises(ValueError, match="boundaries has 'test_scal': must be registered, or met in lambda"):
         fn(None, rows_of(6))
+    with pytest.raises(ValueError, match="boundaries has 'test_scal'"):
+        fn.eager(None, rows_of(6))
     stats = fn.stats()
-    assert stats.failures == 1 and stats.buckets == ()
+    assert stats.failures == 2 and stats.buckets == ()
 
 
 def test_a_boundary_that_consumes_other_operands_later_is_refused(name):
