@@ -1,5 +1,6 @@
 """Engines over small models that the tests of serving share, and what they ask of them."""
 
+import dataclasses
 import time
 
 import numpy as np
@@ -53,8 +54,28 @@ def random_requests(count, longest, *, seed=0, vocab=VOCAB):
         length = int(random.integers(1, longest)) if random.random() < 0.5 else int(random.integers(1, 20))
         shared = int(random.integers(0, length)) if random.random() < 0.5 else 0
         prompt = common[:shared] + random.integers(0, vocab, length - shared).tolist()
-        requests.append((prompt, random_params(random, index)))
+        params = random_params(random, index)
+        if index % 5 == 1:
+            params = dataclasses.replace(params, logprobs=index % 4, prompt_logprobs=1 if index % 2 else None)
+        requests.append((prompt, params))
     return requests
+
+
+def check_log_probabilities(output, prompt, params) -> None:
+    """Each token has its own, and those of as many others as were asked for."""
+    (answer,) = output.outputs
+    assert (answer.logprobs is None, output.prompt_logprobs is None) == (
+        params.logprobs is None,
+        params.prompt_logprobs is None,
+    )
+    for most, tokens, given in (
+        (params.logprobs, answer.token_ids, answer.logprobs),
+        (params.prompt_logprobs, prompt[1:], (output.prompt_logprobs or [None])[1:]),
+    ):
+        if most is not None:
+            assert len(given) == len(tokens)
+            for token, found in zip(tokens, given, strict=True):
+                assert most <= len(found) <= most + 1 and found[token].logprob <= 0
 
 
 def checked(llm: LLM) -> LLM:

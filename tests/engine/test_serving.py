@@ -6,7 +6,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from serving import check_nothing_left, checked, random_requests, small_llm
+from serving import check_log_probabilities, check_nothing_left, checked, random_requests, small_llm
 from small_models import random_prompt, small_model
 
 from minimax_jax import MiniMaxM3ForCausalLM
@@ -73,6 +73,7 @@ def test_requests_that_come_and_go_give_the_tokens_that_each_gives_alone(model, 
             assert output.outputs[0].token_ids == expected[: len(output.outputs[0].token_ids)]
         else:
             assert output.finished and output.outputs[0].token_ids == expected
+            check_log_probabilities(output, *request)
 
 
 def test_segments_give_the_same_tokens(model, alone):
