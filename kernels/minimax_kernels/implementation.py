@@ -19,7 +19,7 @@ Implementation = Callable[..., Any]
 def implementations(
     pallas_triton: Implementation, reference: Implementation, pallas_mosaic_gpu: Implementation | None = None
 ) -> dict[str, Implementation]:
-    """The names of an operation's implementations, best first; Pallas kernels also take `interpret=`.
+    """The names of an operation's implementations; Pallas kernels also take `interpret=`.
 
     Args:
       pallas_mosaic_gpu: of `mosaic_gpu`.
@@ -87,7 +87,7 @@ def dispatch(
             _require_device(name, args)
             call.eval_shape(args, arrays)
         except NotImplementedError as error:
-            refusal = error
+            refusal = str(error)  # not the error: its traceback would keep this frame, and the arrays, alive
         else:
             return call(args, arrays)
     if refusal is not None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import types
 import warnings
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -326,6 +328,21 @@ def test_the_fastest_that_can_serve_is_taken_and_others_refuse_in_silence(on_a_g
     assert all("stablehlo.tan" in chosen(capability) for capability in ("8.0", "10.0", None))
     implementations["pallas_mosaic_gpu"] = refuse
     assert "stablehlo.tan" in chosen("9.0")
+
+
+def test_a_refusal_keeps_no_operand_alive(on_a_gpu, monkeypatch):
+    device = types.SimpleNamespace(compute_capability="8.0")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    implementations = {"pallas_mosaic_gpu": twice, "pallas_triton": twice, "reference": twice}
+    x = jnp.ones(3)
+    gone = weakref.ref(x)
+    gc.disable()
+    try:
+        dispatch("op", implementations, None, x, best=("pallas_mosaic_gpu", "pallas_triton"))
+        del x
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_named_implementation_that_cannot_serve_raises():
