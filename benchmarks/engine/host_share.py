@@ -78,12 +78,12 @@ def measure_host_share(
 ) -> Iterator[dict[str, Any]]:
     """Times decode steps of one full batch in each variant, then profiles some.
 
+    Writes a profile of each (`Variant.trace`, for ui.perfetto.dev) to `out`. The sequences go on from variant to
+    variant, so the last ones have longer contexts.
+
     Args:
       rows: of `ROWS`.
       text: whether answers have text, of a vocabulary of words of 2 to 12 bytes.
-
-    Writes a profile of each (`Variant.trace`, for ui.perfetto.dev) to `out`. The sequences go on from variant to
-    variant, so the last ones have longer contexts.
 
     Yields:
       For each variant its fields, and in microseconds a step, from medians over launches: "step_us" of the wall clock;
