@@ -26,7 +26,7 @@ from minimax_jax.engine.prompts import document_ids
 from minimax_jax.engine.request import Request
 from minimax_jax.engine.sampling_params import SamplingParams
 from minimax_jax.engine.stats import EngineStats, engine_stats
-from minimax_jax.integers import integer_within
+from minimax_jax.integers import require_integer
 from minimax_jax.parallel import ParallelConfig
 from minimax_jax.tokenizer import Tokenizer
 
@@ -94,14 +94,14 @@ class LLM:
         cache = config_from("cache_config", CacheConfig, cache_config)
         segment = config_from("segment_config", SegmentConfig, segment_config)
         decode = config_from("decode_config", DecodeConfig, decode_config)
-        max_batch_size = _integer("max_batch_size", max_batch_size, 1)
-        max_num_tokens = _integer("max_num_tokens", max_num_tokens, 1)
-        seed = _integer("seed", seed, 0)
+        max_batch_size = require_integer("max_batch_size", max_batch_size, 1)
+        max_num_tokens = require_integer("max_num_tokens", max_num_tokens, 1)
+        seed = require_integer("seed", seed, 0)
         if max_seq_len is not None:  # whose range is the model's
-            max_seq_len = _integer("max_seq_len", max_seq_len, 0)
-        tensor_parallel_size = _integer("tensor_parallel_size", tensor_parallel_size, 1)
+            max_seq_len = require_integer("max_seq_len", max_seq_len, 0)
+        tensor_parallel_size = require_integer("tensor_parallel_size", tensor_parallel_size, 1)
         if moe_expert_parallel_size is not None:
-            moe_expert_parallel_size = _integer("moe_expert_parallel_size", moe_expert_parallel_size, 1)
+            moe_expert_parallel_size = require_integer("moe_expert_parallel_size", moe_expert_parallel_size, 1)
         if max_num_tokens < max_batch_size:
             raise ValueError(
                 f"max_num_tokens = {max_num_tokens}: must be at least max_batch_size = {max_batch_size}, a token for "
@@ -399,13 +399,6 @@ class _Bar:
 
 def _is_prompt(value: Any) -> bool:
     return isinstance(value, str) or hasattr(value, "__len__")
-
-
-def _integer(name: str, value: Any, least: int) -> int:
-    number = integer_within(value, least)
-    if number is None:
-        raise ValueError(f"{name} = {value!r}: must be an integer >= {least}")
-    return number
 
 
 def _parallel(tensor: int, expert: int | None, attention_dp: bool) -> ParallelConfig:

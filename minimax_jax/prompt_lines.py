@@ -1,4 +1,4 @@
-"""Prompts that `minimax-jax bench` takes from a file."""
+"""Prompts that stand in a file, one on each line."""
 
 from __future__ import annotations
 

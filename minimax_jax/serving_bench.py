@@ -17,12 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from minimax_jax.bench_prompts import check_lengths, read_lines
 from minimax_jax.cli_parallel import joined
 from minimax_jax.engine.outputs import RequestOutput
 from minimax_jax.engine.sampling_params import SamplingParams
 from minimax_jax.llm import LLM
 from minimax_jax.parallel import ParallelConfig, Processes
+from minimax_jax.prompt_lines import check_lengths, read_lines
 
 OK = 0
 

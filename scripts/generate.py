@@ -25,6 +25,7 @@ from minimax_jax.cli_arguments import add_cache_dtype, add_quantization  # noqa:
 from minimax_jax.cli_parallel import add_parallel, joined  # noqa: E402
 from minimax_jax.engine.outputs import RequestOutput  # noqa: E402
 from minimax_jax.parallel import ParallelConfig  # noqa: E402
+from minimax_jax.prompt_lines import read_lines  # noqa: E402
 
 
 def arguments() -> argparse.Namespace:
@@ -55,7 +56,7 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
     """All prompts, in order."""
     prompts = list(args.prompt)
     if args.prompt_file is not None:
-        prompts += [line for line in args.prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts += [line for _, line in read_lines(args.prompt_file)]
     if not prompts:
         raise ValueError("no prompt: give --prompt or --prompt-file")
     return prompts

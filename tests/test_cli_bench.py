@@ -104,3 +104,5 @@ def test_the_script_says_what_is_wrong_and_how_to_use_it():
     assert "--prompt-file" in helped.stdout
     wrong = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert wrong.returncode == 2 and "no prompt: give --prompt or --prompt-file" in wrong.stderr
+    wrong = subprocess.run([sys.executable, script, "--prompt-file", "/nowhere"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "--prompt-file /nowhere: No such file or directory" in wrong.stderr

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from minimax_jax.cache import check_cache_dtype
-from minimax_jax.integers import integer_within
+from minimax_jax.integers import integer_within, require_integer
 
 Config = TypeVar("Config")
 MOST_STEPS = 256  # of one launch
@@ -43,11 +43,8 @@ class CacheConfig:
         object.__setattr__(self, "free_memory_fraction", float(fraction))
         for name in ("max_tokens", "page_size"):
             value = getattr(self, name)
-            if value is None and name == "max_tokens":
-                continue
-            if (number := integer_within(value, 1)) is None:
-                raise ValueError(f"{name} = {value!r}: must be an integer >= 1")
-            object.__setattr__(self, name, number)
+            if value is not None or name != "max_tokens":
+                object.__setattr__(self, name, require_integer(name, value, 1))
         check_cache_dtype(self.dtype, "dtype")
         _require_bools(self, "enable_reuse")
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from minimax_jax.integers import integer_within
 from minimax_jax.paths import model_directory
 
 # Below this a division by the temperature is no float32 any more: the distribution is all on the likeliest token.
@@ -152,7 +153,7 @@ def _plain(value: Any) -> Any:
 
 
 def _is_int(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
+    return integer_within(value, least, 2**31 - 1) is not None
 
 
 def _is_number(value: Any) -> bool:
