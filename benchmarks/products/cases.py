@@ -7,6 +7,7 @@ import functools
 
 from benchmarks.floors import BF16, Work
 from minimax_kernels.matmul_launches import FEW_ROWS, MatmulLaunch, group_launch, largest_divisor, matmul_launch
+from minimax_kernels.routed_experts.api import MANY_ROWS
 from minimax_kernels.triton_call import Launch
 
 HIDDEN, EXPERT_WIDTH, RANKS, EXPERTS, PER_TOKEN = 6144, 3072, 8, 128, 4
@@ -115,7 +116,7 @@ def all_cases(
                 Case("joined", "gate_up", count, weights, shrink=shrink),
                 Case("groups", "down", count, weights, shrink=shrink),
             ]
-        if mosaic and found[-1].rows > FEW_ROWS * LOCAL:
+        if mosaic and found[-1].rows >= MANY_ROWS * LOCAL:
             found += [dataclasses.replace(case, weights="mxfp8", mosaic=True) for case in found[-2:]]
     return found
 
