@@ -19,21 +19,23 @@ from benchmarks.case_data import Queries
 from benchmarks.cases import BLOCK, HEADS, TOPK, Case, Heads
 from benchmarks.machine import describe_machine
 from benchmarks.ops import SCALE
-from minimax_kernels import measured_launches
+from minimax_kernels import FP8, measured_launches
 from minimax_kernels.launch_table import AttendLaunch, PageLaunch
 from minimax_kernels.paged_softmax import Selection, attend_pages
 from minimax_kernels.sparse_attention.by_page import attend_by_page
 from minimax_kernels.triton_call import Launch, next_power_of_two
 
-DECODE_TOKENS = (1, 4, 16, 64, 256)
+DECODE_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 FEW_TOKENS = (32, 128, 512)
 MANY_TOKENS = (512, 2048, 8192)
 CONTEXT = 32_768
+MOST_CACHED = 1 << 21  # tokens of context in all: caches of 8 bits stay below the 2 GiB that kernels take
 PAGE_WORKSPACE = 1 << 30
 TABLE = Path("kernels/minimax_kernels/measured_launches.py")
 Tables = dict[str, dict[tuple[int, int], tuple[int, ...]]]
 TABLES = {
     "attend_decode": "one token a request: (programs a token and group, keys a step, warps, stages)",
+    "attend_decode_fp8": "the same over caches of 8 bits",
     "attend_few": "few tokens of prompts, as above",
     "page": "page by page: (tiles of 64 rows a program, warps)",
 }
@@ -45,13 +47,33 @@ class Shape:
     """What a launch is chosen for.
 
     Attributes:
-      kind: "decode", "few" (tokens of a prompt, each with its own programs) or "page" (page by page).
+      kind: "decode", "fp8" (decode over caches of 8 bits), "few" (tokens of a prompt, each with its own programs) or
+        "page" (page by page).
       tp: 1 or 8, whose heads; tokens: in all.
     """
 
     kind: str
     tp: int
     tokens: int
+
+    @property
+    def table(self) -> str:
+        """Where its launch is kept."""
+        return {"page": "page", "few": "attend_few", "fp8": "attend_decode_fp8"}.get(self.kind, "attend_decode")
+
+    @property
+    def candidates(self) -> tuple[tuple[int, ...], ...]:
+        """Launches to measure; of decode those that fill the device, or come nearest to it, without many turns."""
+        if self.kind in ("page", "few"):
+            return PAGES if self.kind == "page" else ATTEND
+        programs = self.tokens * self.heads.kv
+        all_of_kind = ATTEND_FP8 if self.kind == "fp8" else ATTEND
+        return tuple(c for c in all_of_kind if programs * c[0] <= 1100 and (programs * c[0] >= 100 or c[0] >= 8))
+
+    @property
+    def cache_dtype(self) -> str:
+        """Of keys and values."""
+        return FP8 if self.kind == "fp8" else "bfloat16"
 
     @property
     def heads(self) -> Heads:
@@ -61,8 +83,9 @@ class Shape:
     @property
     def case(self) -> Case:
         """One token for each of `tokens` requests, or `tokens` of one request, at the end of their contexts."""
-        if self.kind == "decode":
-            return Case("decode", f"tune {self.tokens}", 1, (1,) * self.tokens, (CONTEXT - 1,) * self.tokens)
+        if self.kind in ("decode", "fp8"):
+            context = min(CONTEXT, MOST_CACHED // self.tokens)
+            return Case("decode", f"tune {self.tokens}", 1, (1,) * self.tokens, (context - 1,) * self.tokens)
         return Case("prefill", f"tune {self.tokens}", 1, (self.tokens,), (CONTEXT - self.tokens,))
 
     @property
@@ -74,19 +97,27 @@ class Shape:
 
 
 # (splits, keys a step, warps, stages) where programs walk lists of pages; (tiles a program, warps) page by page.
-# Other steps, warps and stages are equal within 3 % (docs/kernels.md).
-ATTEND = ((1, 64, 4, 2), (2, 64, 4, 2), (3, 64, 4, 2), (4, 64, 4, 2), (8, 64, 4, 2), (16, 128, 4, 1))
+# More warps are slower, as are 128 keys of bfloat16 and a fourth stage (docs/kernels.md).
+ATTEND = (
+    *((splits, 64, 4, 3) for splits in (1, 2, 3, 4, 6, 8)),
+    (1, 64, 4, 2), (4, 64, 4, 2), (8, 64, 4, 2), (16, 128, 4, 1),
+)  # fmt: skip
+ATTEND_FP8 = (
+    *((splits, keys, 4, 3) for splits in (1, 2, 4) for keys in (64, 128)),
+    (3, 128, 4, 3), (8, 64, 4, 3), (8, 128, 4, 2), (16, 128, 4, 1),
+)  # fmt: skip
 PAGES = tuple((tiles, 4) for tiles in (1, 4, 8, 16, 32))
 
 
-def shapes(kinds: Sequence[str], quick: bool) -> list[Shape]:
-    """The shapes to measure; `quick`: two a kind."""
-    tokens = {"decode": DECODE_TOKENS, "few": FEW_TOKENS, "page": MANY_TOKENS}
+def shapes(kinds: Sequence[str], quick: bool, only: Sequence[int] = ()) -> list[Shape]:
+    """The shapes to measure; `quick`: two a kind; `only`: those of so many tokens."""
+    tokens = {"decode": DECODE_TOKENS, "fp8": DECODE_TOKENS, "few": FEW_TOKENS, "page": MANY_TOKENS}
     return [
         Shape(kind, tp, count)
         for kind in kinds
         for tp in HEADS
         for count in (tokens[kind][:2] if quick else tokens[kind])
+        if not only or count in only
     ]
 
 
@@ -95,9 +126,9 @@ class _Job:
 
     def __init__(self, shape: Shape, shrink: int, interpret: bool):
         self.shape, self.interpret = shape, interpret
-        self.candidates = PAGES if shape.kind == "page" else ATTEND
         self.case = shape.case.shrunk(shrink)
-        self.sets = 1 if shape.kind == "page" else case_data.sets_for(self.case, shape.heads)
+        self.cached = jnp.dtype(shape.cache_dtype).itemsize
+        self.sets = 1 if shape.kind == "page" else case_data.sets_for(self.case, shape.heads, self.cached)
         self.pages = case_data.pool_pages(self.case, self.sets)
         expected = 100e-6 if shape.kind == "page" else 20e-6 * max(1, shape.tokens * shape.heads.kv / 256)
         self.calls, self.rounds = (1, 1) if interpret else timing.calls_and_rounds(expected, self.sets)
@@ -105,7 +136,7 @@ class _Job:
 
     def build(self, candidate: tuple[int, ...]) -> Any:
         """Compiles a candidate."""
-        args, out = ops.shapes_of("attention", self.case, self.shape.heads, self.pages)
+        args, out = ops.shapes_of("attention", self.case, self.shape.heads, self.pages, self.shape.cache_dtype)
         run = _run_page if self.shape.kind == "page" else _run_list
         function = functools.partial(run, candidate, self.shape, self.interpret)
         return timing.compile_calls(lambda *args, out: function(*args, out), args, self.calls, out, self.rounds)
@@ -113,7 +144,7 @@ class _Job:
     def times(self) -> list[float]:
         """Microseconds of each candidate."""
         heads, case = self.shape.heads, self.case
-        pool = case_data.make_pool(self.pages, heads)
+        pool = case_data.make_pool(self.pages, heads, dtype=self.shape.cache_dtype)
         inputs = case_data.make_inputs(case, pool, Queries(heads, case.tokens), 0.0, self.sets)
         sets = [
             (own.q, pool.k_cache, pool.v_cache, jnp.asarray(_selection(case, heads, seed)), own.batch)
@@ -147,7 +178,7 @@ def run_tuning(
     jobs = [_Job(shape, shrink, interpret) for shape in todo]
     workers = max(1, min(14, (os.cpu_count() or 2) - 1))
     with concurrent.futures.ThreadPoolExecutor(workers) as threads:  # compiling is most of the time
-        waiting = [[threads.submit(job.build, candidate) for candidate in job.candidates] for job in jobs]
+        waiting = [[threads.submit(job.build, candidate) for candidate in job.shape.candidates] for job in jobs]
         for job, tasks in zip(jobs, waiting, strict=True):
             job.compiled = [task.result() for task in tasks]
     say("compiled")
@@ -158,11 +189,11 @@ def run_tuning(
         shape, times = job.shape, job.times()
         job.compiled.clear()
         least = min(times)
-        chosen = next(c for c, us in zip(job.candidates, times, strict=True) if us <= least * KEPT)
-        best["page" if shape.kind == "page" else f"attend_{shape.kind}"][shape.key] = chosen
+        chosen = next(c for c, us in zip(shape.candidates, times, strict=True) if us <= least * KEPT)
+        best[shape.table][shape.key] = chosen
         measured += [
             {**dataclasses.asdict(shape), "launch": launch, "us": us}
-            for launch, us in zip(job.candidates, times, strict=True)
+            for launch, us in zip(shape.candidates, times, strict=True)
         ]
         say(f"{shape.kind} tp{shape.tp} {shape.tokens} tokens: {chosen} {least:.1f} us (slowest {max(times):.1f})")
     return best, measured
@@ -202,7 +233,7 @@ def table_text(best: Tables) -> str:
         '"""Launch parameters by shape, written by scripts/tune.py: change it there.',
         "",
         f"Latest on {machine['device']}, driver {machine['driver']}, jax {machine['jax']}, {machine['date']}; D 128,",
-        f"pages of {BLOCK}, topk {TOPK}, bfloat16, {CONTEXT} tokens of context. Keys are (query heads a group, size):",
+        f"pages of {BLOCK}, topk {TOPK}, {CONTEXT} tokens of context. Keys are (query heads a group, size):",
         "of tokens x groups, or for PAGE of tiles of 64 rows, a power of two.",
         '"""',
         "",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from minimax_kernels.measured_launches import ATTEND_DECODE, ATTEND_FEW, PAGE, Table
+from minimax_kernels.measured_launches import ATTEND_DECODE, ATTEND_DECODE_FP8, ATTEND_FEW, PAGE, Table
 from minimax_kernels.triton_call import Launch, ceil_div, floor_power_of_two
 
 NUM_SMS = 132
@@ -24,13 +24,20 @@ class ScoreLaunch:
     launch: Launch
 
 
-def score_launch(num_tokens: int, num_blocks: int, num_heads: int, mean_rows: int) -> ScoreLaunch:
-    """For queries whose requests have `mean_rows` rows on average, rounded up to a power of two."""
+def score_launch(num_tokens: int, num_blocks: int, num_heads: int, mean_rows: int, *, fp8: bool = False) -> ScoreLaunch:
+    """For queries whose requests have `mean_rows` rows on average, rounded up to a power of two.
+
+    Args:
+      fp8: whether keys are cached in 8 bits: half the bytes under way in a page, so more pages of them.
+    """
     if mean_rows <= 16:
         tile = min(mean_rows, max(64 // num_heads, 1))
-        tiles = ceil_div(num_tokens, tile)
-        per_program = min(max(tiles * num_blocks // (NUM_SMS * 8), 1), 4)
-        return ScoreLaunch(tile, per_program, Launch(4, 2))
+        pages = ceil_div(num_tokens, tile) * num_blocks
+        at_once = ceil_div(pages, NUM_SMS * 3)  # three programs fit a multiprocessor: all pages in one go
+        if fp8:
+            return ScoreLaunch(tile, min(max(at_once, 1), 8), Launch(4, 3))
+        per_program = pages // (NUM_SMS * 8)
+        return ScoreLaunch(tile, min(max(per_program if per_program > 1 else at_once, 1), 4), Launch(4, 2))
     tile = max(128 // num_heads, 32)
     tiles = ceil_div(num_tokens, tile)
     per_program = min(max(tiles * num_blocks // (NUM_SMS * 4), 2), 32)
@@ -62,19 +69,21 @@ class AttendLaunch:
 
 
 def attend_launch(
-    num_tokens: int, groups: int, blocks: int, rows_per_token: int, *, prefill: bool = False
+    num_tokens: int, groups: int, blocks: int, rows_per_token: int, *, prefill: bool = False, fp8: bool = False
 ) -> AttendLaunch:
     """For tokens with lists of `blocks` pages each: enough programs to fill the device.
 
     Args:
       rows_per_token: query heads a group.
       prefill: neighbouring tokens find each other's pages in the second-level cache: more programs pay.
+      fp8: whether caches hold 8 bits a number.
     """
     programs = num_tokens * groups
-    measured = _measured_at(ATTEND_FEW if prefill else ATTEND_DECODE, rows_per_token, programs)
+    table = ATTEND_FEW if prefill else ATTEND_DECODE_FP8 if fp8 else ATTEND_DECODE
+    measured = _measured_at(table, rows_per_token, programs)
     if measured is None:
         least = 1 if not prefill or programs <= NUM_SMS else 3 if groups == 1 else 2
-        measured = max(round(NUM_SMS * 2 / programs), least), 64, 4, 2
+        measured = max(round(NUM_SMS * 2 / programs), least), 64, 4, 2 if prefill else 3
     splits, keys_per_step, num_warps, num_stages = measured
     per_program = ceil_div(blocks, min(splits, blocks, MOST_SPLITS))
     if per_program == 1:  # one step a program: nothing to pipeline

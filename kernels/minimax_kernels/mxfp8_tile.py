@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
 from minimax_kernels.mxfp8 import BLOCK
+from minimax_kernels.register_order import register_order
 
 
 def expand_ptx(data: str, pairs: tuple[str, str], factors: tuple[str, str]) -> str:
@@ -57,8 +58,7 @@ def dequantize_tile(values: jax.Array, scales: jax.Array, *, interleaved: int, i
     assert rows % interleaved == 0, (rows, interleaved)
     factors = scale_factors(scales)
     factors = jnp.broadcast_to(factors[:, :, None], (columns, rows // BLOCK, BLOCK)).reshape(columns, rows)
-    data = lax.bitcast_convert_type(values, jnp.uint8).reshape(columns, rows // interleaved, 4, interleaved // 8, 2)
-    data = data.transpose(0, 1, 3, 2, 4).reshape(columns, rows)
+    data = register_order(lax.bitcast_convert_type(values, jnp.uint8), interleaved)
     if interpret:
         return expand_bytes(data) * factors
     (result,) = plgpu.elementwise_inline_asm(

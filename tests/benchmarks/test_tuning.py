@@ -1,12 +1,12 @@
 """The table of measured launches: what it holds can be launched, and tuning keeps what it did not measure."""
 
-from benchmarks.tuning import ATTEND, PAGES, TABLES, Shape, shapes, table_text
+from benchmarks.tuning import ATTEND, ATTEND_FP8, PAGES, TABLES, Shape, shapes, table_text
 from minimax_kernels import launch_table, measured_launches
 
 
 def test_measured_launches_are_candidates_of_their_kind():
     for name in TABLES:
-        candidates = PAGES if name == "page" else ATTEND
+        candidates = {"page": PAGES, "attend_decode_fp8": ATTEND_FP8}.get(name, ATTEND)
         for (rows, size), launch in getattr(measured_launches, name.upper()).items():
             assert rows in (8, 16) and size & (size - 1) == 0 and launch in candidates
 
@@ -32,7 +32,14 @@ def test_a_new_table_keeps_what_was_not_measured():
 def test_shapes_are_keyed_as_the_kernels_look_them_up():
     assert Shape("decode", 1, 16).key == (16, 64) and Shape("few", 8, 100).key == (8, 128)
     assert Shape("page", 8, 8192).key == (8, 16384)
-    assert len({(shape.kind, shape.key) for shape in shapes(("decode", "few", "page"), False)}) == 22
+    assert len({(shape.kind, shape.key) for shape in shapes(("decode", "fp8", "few", "page"), False)}) == 48
+
+
+def test_candidates_of_decode_fill_the_device():
+    assert {launch[0] for launch in Shape("decode", 8, 1).candidates} == {8, 16}
+    assert {launch[0] for launch in Shape("decode", 8, 128).candidates} == {1, 2, 3, 4, 6, 8}
+    assert {launch[0] for launch in Shape("fp8", 1, 256).candidates} == {1}
+    assert all(len(shape.candidates) > 1 for shape in shapes(("decode", "fp8", "few", "page"), False))
 
 
 def test_few_tokens_of_prompts_take_more_programs_than_they_need_to_fill_the_device(monkeypatch):

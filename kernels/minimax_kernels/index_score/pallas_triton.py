@@ -19,10 +19,11 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from minimax_kernels.batch import Batch, tile_size
-from minimax_kernels.cache_types import as_read
+from minimax_kernels.cache_types import as_read, is_fp8
 from minimax_kernels.fp8_queries import product_rows
 from minimax_kernels.launch_table import ScoreLaunch, score_launch
 from minimax_kernels.ragged_tiles import locate_tile, num_tiles
+from minimax_kernels.register_order import register_order
 from minimax_kernels.triton_call import ceil_div, next_power_of_two, triton_call
 from minimax_kernels.triton_support import require_pages, require_power_of_two
 
@@ -57,7 +58,8 @@ def score_and_clear(
     require_pages(idx_q, index_cache, block_size, head_dim, interpret=interpret)
     require_power_of_two("idx_q's Hi", num_heads, 8)
     mean_rows = tile_size(num_tokens, num_requests, most=2 * FEW_ROWS)
-    launch = launch or score_launch(num_tokens, num_blocks, num_heads, mean_rows)
+    fp8 = is_fp8(index_cache.dtype)
+    launch = launch or score_launch(num_tokens, num_blocks, num_heads, mean_rows, fp8=fp8)
     tile = launch.tile
     few = tile <= FEW_ROWS
     rows = max(16, next_power_of_two(tile * num_heads)) if few else tile * num_heads
@@ -101,6 +103,9 @@ def _score_kernel(
         other=0.0,
     )
     q, factor = product_rows(q, index_ref.dtype)
+    # keys of 8 bits become the operand in registers: as they lie in memory, or a thread would load them in twos
+    by_register = keys_first and is_fp8(index_ref.dtype)
+    q = register_order(q, q.shape[1]) if by_register else q
     position = at.first_position + token
     if num_counters:
 
@@ -126,7 +131,8 @@ def _score_kernel(
         plgpu.store(out_ref.at[head, flat, jnp.full((rows,), block, jnp.int32)], best, mask=live)
 
     def score(block, page, masked):
-        keys = as_read(index_ref[page], q.dtype)
+        keys = index_ref[page]
+        keys = as_read(register_order(keys, keys.shape[1]) if by_register else keys, q.dtype)
         if keys_first:
             scores = lax.dot_general(keys, q, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
             key_axis = 0

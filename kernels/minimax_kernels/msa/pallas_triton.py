@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from minimax_kernels.batch import Batch, tile_size
+from minimax_kernels.cache_types import is_fp8
 from minimax_kernels.index_score.pallas_triton import index_score, score_and_clear
 from minimax_kernels.launch_table import MOST_RANKED_BLOCKS, attend_launch
 from minimax_kernels.paged_softmax import Selection, attend_pages
@@ -48,7 +49,7 @@ def msa(
         selected = select_blocks(scores, batch, **options, interpret=interpret)
         selected = jnp.repeat(selected, shared_by, axis=0) if shared_by > 1 else selected
         return sparse_attention(q, k_cache, v_cache, selected, batch, scale=scale, out=out, interpret=interpret)
-    launch = attend_launch(num_tokens, groups, topk, q.shape[1] // groups)
+    launch = attend_launch(num_tokens, groups, topk, q.shape[1] // groups, fp8=is_fp8(k_cache.dtype))
     is_split = ceil_div(topk, launch.blocks_per_program) > 1
     scores, *counters = score_and_clear(idx_q, index_cache, batch, groups if is_split else 0, interpret=interpret)
     if batch.num_blocks <= MOST_RANKED_BLOCKS:

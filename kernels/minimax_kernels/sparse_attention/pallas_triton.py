@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Int
 
 from minimax_kernels.batch import Batch, tile_size
+from minimax_kernels.cache_types import is_fp8
 from minimax_kernels.launch_table import PageLaunch, attend_launch, page_launch
 from minimax_kernels.paged_softmax import Selection, attend_pages
 from minimax_kernels.sparse_attention.by_page import attend_by_page
@@ -42,7 +43,9 @@ def sparse_attention(
         return attend_by_page(
             q, k_cache, v_cache, selected, batch, scale=scale, out=out, launch=launch, interpret=interpret
         )
-    attend = attend_launch(num_tokens, groups, topk, rows_per_token, prefill=queries > FEW_QUERIES)
+    attend = attend_launch(
+        num_tokens, groups, topk, rows_per_token, prefill=queries > FEW_QUERIES, fp8=is_fp8(k_cache.dtype)
+    )
     return attend_pages(
         q, k_cache, v_cache, batch, groups=groups, selection=Selection(topk, blocks=selected), scale=scale, out=out,
         launch=attend, interpret=interpret,
