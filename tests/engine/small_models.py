@@ -37,21 +37,11 @@ def small_config(**changes) -> MiniMaxM3Config:
     return MiniMaxM3Config(**{**sizes, **kinds, **changes})
 
 
-def small_model(seed: int = 0, scale: float = 12.0, **changes) -> MiniMaxM3ForCausalLM:
-    """Random float32 weights, large enough that greedy choices are clear and vary."""
-    model = MiniMaxM3ForCausalLM.from_config(small_config(**changes), seed=seed)
-    state = {
-        name: leaf * scale if leaf.ndim >= 2 and "mlp.gate." not in name else leaf
-        for name, leaf in model.state().items()
-    }
-    key = jax.random.key(seed + 1)
-    for i, name in enumerate(name for name in state if name.endswith("norm.weight")):
-        state[name] = 0.3 * jax.random.normal(jax.random.fold_in(key, i), state[name].shape)
-    return MiniMaxM3ForCausalLM(model.config, state)
+def small_model(seed: int = 0, scale: float = 0.24, **changes) -> MiniMaxM3ForCausalLM:
+    """Random float32 weights, large enough that greedy choices are clear and vary.
 
-
-def drawn_model(seed: int = 0, scale: float = 0.24, **changes) -> MiniMaxM3ForCausalLM:
-    """As `small_model`, with weights of NumPy's: JAX compiles one draw for each shape, for longer than a test runs."""
+    NumPy draws them: JAX compiles a draw for each shape, for longer than a test runs.
+    """
     config, random = small_config(**changes), np.random.default_rng(seed)
     _, shapes = split_model(abstract_model(config, np.float32))
     state = {}

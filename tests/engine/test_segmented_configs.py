@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from segmented_steps import assert_close_logits, logits_of, make_step, run_hidden, segmented_steps, whole_hidden
-from small_models import drawn_model
+from small_models import small_model
 
 from minimax_jax.cache import PagePool
 from minimax_jax.config import DENSE_MLP, FULL_ATTENTION, MOE_MLP, SPARSE_ATTENTION
@@ -59,7 +59,7 @@ NEW = 4  # greedy tokens of each prompt; their steps are warm-up, capture and re
 @example(ALL_DENSE, [17, 3], 32, 5)
 def test_random_models_say_the_same_in_segments_and_whole(changes, lengths, bucket, seed):
     """Prompts and the greedy tokens after them, against one whole step over all of these."""
-    model, lengths = drawn_model(seed=seed, **changes), np.array(lengths)
+    model, lengths = small_model(seed=seed, **changes), np.array(lengths)
     config, steps = model.config, segmented_steps(model, buckets=(bucket,))
     pages = -(-(lengths.max() + NEW) // config.index_block_size)
     tables = np.random.default_rng(seed).permutation(pages * len(lengths)).reshape(len(lengths), pages)

@@ -19,7 +19,7 @@ from segmented_steps import (
     segmented_steps,
     whole_hidden,
 )
-from small_models import drawn_model, random_prompt, small_config
+from small_models import random_prompt, small_config, small_model
 
 from minimax_jax import MiniMaxM3ForCausalLM
 from minimax_jax.attention import BoundaryAttend, PagedAttention
@@ -38,7 +38,7 @@ TABLES = np.array([[5, 2, 7, 0], [1, 3, 9, 4]])
 
 @pytest.fixture(scope="module")
 def model():
-    return drawn_model()
+    return small_model()
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +338,7 @@ def test_sixty_layers_are_five_executables_and_build_in_an_eighth(monkeypatch):
     )
     first = {"layer_types": config.layer_types[:4], "mlp_layer_types": config.mlp_layer_types[:4]}
     state = {}
-    for name, leaf in drawn_model(num_hidden_layers=4, **first).state().items():
+    for name, leaf in small_model(num_hidden_layers=4, **first).state().items():
         state[name] = leaf
         if name.startswith("layers.3."):  # stands for all later ones
             state |= {name.replace(".3.", f".{i}.", 1): leaf for i in range(4, 60)}
