@@ -127,8 +127,8 @@ class _Job:
     def __init__(self, shape: Shape, shrink: int, interpret: bool):
         self.shape, self.interpret = shape, interpret
         self.case = shape.case.shrunk(shrink)
-        self.cached = jnp.dtype(shape.cache_dtype).itemsize
-        self.sets = 1 if shape.kind == "page" else case_data.sets_for(self.case, shape.heads, self.cached)
+        cached = jnp.dtype(shape.cache_dtype).itemsize
+        self.sets = 1 if shape.kind == "page" else case_data.sets_for(self.case, shape.heads, cached)
         self.pages = case_data.pool_pages(self.case, self.sets)
         expected = 100e-6 if shape.kind == "page" else 20e-6 * max(1, shape.tokens * shape.heads.kv / 256)
         self.calls, self.rounds = (1, 1) if interpret else timing.calls_and_rounds(expected, self.sets)
@@ -233,7 +233,7 @@ def table_text(best: Tables) -> str:
         '"""Launch parameters by shape, written by scripts/tune.py: change it there.',
         "",
         f"Latest on {machine['device']}, driver {machine['driver']}, jax {machine['jax']}, {machine['date']}; D 128,",
-        f"pages of {BLOCK}, topk {TOPK}, {CONTEXT} tokens of context. Keys are (query heads a group, size):",
+        f"pages of {BLOCK}, topk {TOPK}, up to {CONTEXT} tokens of context. Keys are (query heads a group, size):",
         "of tokens x groups, or for PAGE of tiles of 64 rows, a power of two.",
         '"""',
         "",

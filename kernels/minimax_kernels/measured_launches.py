@@ -1,7 +1,7 @@
 """Launch parameters by shape, written by scripts/tune.py: change it there.
 
 Latest on NVIDIA H200, driver 580.159.04, jax 0.11.2, 2026-11-30 20:56 UTC; D 128,
-pages of 128, topk 16, 32768 tokens of context. Keys are (query heads a group, size):
+pages of 128, topk 16, up to 32768 tokens of context. Keys are (query heads a group, size):
 of tokens x groups, or for PAGE of tiles of 64 rows, a power of two.
 """
 

@@ -47,3 +47,20 @@ def test_few_tokens_of_prompts_take_more_programs_than_they_need_to_fill_the_dev
     one, four = (launch_table.attend_launch(171, groups, 16, 8, prefill=True) for groups in (1, 4))
     assert (one.blocks_per_program, four.blocks_per_program) == (6, 8)
     assert launch_table.attend_launch(171, 4, 16, 16).blocks_per_program == 16  # decode
+
+
+def test_caches_of_8_bits_have_launches_of_their_own(monkeypatch):
+    monkeypatch.setattr(launch_table, "ATTEND_DECODE", {(8, 64): (4, 64, 4, 3)})
+    monkeypatch.setattr(launch_table, "ATTEND_DECODE_FP8", {(8, 64): (2, 128, 4, 3)})
+    wide, narrow = (launch_table.attend_launch(64, 1, 16, 8, fp8=fp8) for fp8 in (False, True))
+    assert (wide.blocks_per_program, wide.keys_per_step) == (4, 64)
+    assert (narrow.blocks_per_program, narrow.keys_per_step) == (8, 128)
+
+
+def test_scores_of_few_queries_share_pages_out_evenly():
+    def pages(tokens, blocks, fp8=False):
+        return launch_table.score_launch(tokens, blocks, 1, 1, fp8=fp8).blocks_per_program
+
+    assert [pages(tokens, 10) for tokens in (1, 64, 128)] == [1, 2, 4]  # three programs a multiprocessor
+    assert [pages(128, 49), pages(8, 465), pages(32, 1600)] == [4, 3, 4]
+    assert [pages(1, 10, True), pages(128, 10, True), pages(128, 49, True)] == [1, 4, 8]
