@@ -52,6 +52,7 @@ def add_rank_slice(benchmarks: argparse._SubParsersAction) -> None:
     )
     add("--chunk", type=integer(1), metavar="N", help="tokens of a prompt's chunk (default: 8192)")
     add("--prefix", type=integers(0), metavar="N,N", help="tokens before it (default: 0,57344)")
+    add("--only", choices=("prefill", "decode"), help="chunks of prompts or decode steps alone (default: both)")
     add(
         "--routing",
         choices=("uniform", "skewed"),

@@ -91,6 +91,8 @@ def test_cases_with_a_target_come_first():
     groups = waves(cases)
     assert [(group[0].kind, len(group)) for group in groups] == [(PREFILL, 2), (DECODE, 3), (DECODE, 3)]
     assert {*groups[0], *groups[1]} == set(TARGETS)
+    both = [select_cases((1, 32, 64), (8192, 32768), 8192, (0, 57344), kind) for kind in (PREFILL, DECODE)]
+    assert both == [[case for case in cases if case.kind == kind] for kind in (PREFILL, DECODE)]
 
 
 def test_what_does_not_compile_in_time_is_not_waited_for():

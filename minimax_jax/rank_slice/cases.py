@@ -75,12 +75,16 @@ TARGETS = {
 
 
 def select_cases(
-    batches: tuple[int, ...], contexts: tuple[int, ...], chunk: int, prefixes: tuple[int, ...]
+    batches: tuple[int, ...], contexts: tuple[int, ...], chunk: int, prefixes: tuple[int, ...], only: str | None = None
 ) -> list[Case]:
-    """Every batch with every context, every prefix; those with a target come first, since time may run out."""
+    """Every batch with every context, every prefix; those with a target come first, since time may run out.
+
+    Args:
+      only: the cases of one kind.
+    """
     cases = [Case(PREFILL, 1, chunk, prefix) for prefix in prefixes]
     cases += [Case(DECODE, batch, 1, context) for context in contexts for batch in batches]
-    return sorted(cases, key=lambda case: case not in TARGETS)
+    return sorted((case for case in cases if only in (None, case.kind)), key=lambda case: case not in TARGETS)
 
 
 def waves(cases: Sequence[Case]) -> list[list[Case]]:

@@ -66,7 +66,7 @@ def run_rank_slice(args: argparse.Namespace) -> int:
     if args.rank >= parallel.num_devices:
         raise ParallelError(f"--rank = {args.rank}: must be within 0..{parallel.num_devices - 1}")
     layout = Layout(config, parallel)
-    cases = select_cases(args.batch, args.context, args.chunk, args.prefix)
+    cases = select_cases(args.batch, args.context, args.chunk, args.prefix, args.only)
     longest = max(case.context + case.query_len for case in cases)
     if longest >= config.max_position_embeddings:
         raise ValueError(f"--context, --prefix: {longest} tokens: must be less than {config.max_position_embeddings}")
