@@ -8,17 +8,16 @@ are so in the order of `interleave`: of each 64 inputs a thread holds 16, for fo
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt
 
+from minimax_kernels.register_order import AnyArray, memory_order, register_order
+
 BLOCK = 32
 INTERLEAVED = 64
-AnyArray = Any  # of JAX or NumPy
 
 
 @jax.tree_util.register_dataclass
@@ -77,28 +76,17 @@ def interleave(values: AnyArray) -> AnyArray:
     four that share a column holds inputs 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of every 16 (PTX ISA, register fragments of
     wgmma.mma_async.m64nNk16, matrix A).
     """
-    block = interleaved_inputs(values.shape[-1])
-    return _swapped(values, block, (block // 8, 4, 2))
+    return memory_order(values, interleaved_inputs(values.shape[-1]))
 
 
 def straighten(values: AnyArray) -> AnyArray:
     """The inverse of `interleave`."""
-    block = interleaved_inputs(values.shape[-1])
-    return _swapped(values, block, (4, block // 8, 2))
+    return register_order(values, interleaved_inputs(values.shape[-1]))
 
 
 def interleaved_inputs(in_features: int) -> int:
     """How many inputs are in an order of their own, block after block: what a kernel's steps must be multiples of."""
     return INTERLEAVED if in_features % INTERLEAVED == 0 else BLOCK
-
-
-def _swapped(values: AnyArray, block: int, axes: tuple[int, int, int]) -> AnyArray:
-    if isinstance(values, np.ndarray) and values.itemsize == 1:  # two that stay together at a time: three times as fast
-        pairs = np.ascontiguousarray(values).view(np.uint16)
-        parts = pairs.reshape(*values.shape[:-1], values.shape[-1] // block, *axes[:2])
-        return parts.swapaxes(-1, -2).reshape(pairs.shape).view(values.dtype)
-    parts = values.reshape(*values.shape[:-1], values.shape[-1] // block, *axes)
-    return parts.swapaxes(-2, -3).reshape(values.shape)
 
 
 def dequantize(w: Mxfp8, dtype: DTypeLike = jnp.float32) -> Float[Array, "*E K N"]:
