@@ -1,5 +1,6 @@
 """Settings for every test: eight CPU devices, hypothesis profiles, one torch thread, no silent skip of torch tests."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -40,6 +41,14 @@ def one_torch_thread():
     torch = sys.modules.get("torch")  # whoever needs it has imported it while tests were collected
     if torch is not None:
         torch.set_num_threads(1)
+
+
+@pytest.fixture
+def interrupts():
+    """For tests that send one to themselves: in a callback of the garbage collector, as hypothesis has, it is lost."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def fail_missing_import(report: pytest.CollectReport | pytest.TestReport) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 from minimax_jax.segmented.jaxprs import sub_jaxpr
-from minimax_jax.segmented.keys import equations_key
+from minimax_jax.segmented.keys import Keys
 from minimax_jax.segmented.placement import Placement
 from minimax_jax.segmented.split import Segment, Split
 
@@ -53,7 +53,8 @@ class Executables:
     def build(self, split: Split, placement: Placement) -> list[Executable]:
         """The executables of all segments of a split, in order; new ones are compiled side by side."""
         with self._lock:
-            keys = [self._key(segment, placement) for segment in split.segments]
+            seen = Keys()
+            keys = [self._key(seen, segment, placement) for segment in split.segments]
             missing: dict[Hashable, Segment] = {}
             for key, segment in zip(keys, split.segments, strict=True):
                 if key not in self._built:
@@ -79,9 +80,9 @@ class Executables:
         compiled = lowered.compile(self._options) if self._options else lowered.compile()
         return compiled, spent + time.perf_counter() - start
 
-    def _key(self, segment: Segment, placement: Placement) -> Hashable:
+    def _key(self, seen: Keys, segment: Segment, placement: Placement) -> Hashable:
         return (
-            equations_key(segment.eqns, segment.invars, segment.outvars),
+            seen.equations(segment.eqns, segment.invars, segment.outvars),
             segment.donated,
             placement.key((*segment.invars, *segment.outvars)),
         )

@@ -28,20 +28,28 @@ class _Same:
         return id(self.value)
 
 
-def equations_key(eqns: Sequence[Any], invars: Sequence[Any], outvars: Sequence[Any]) -> Hashable:
-    """Equal for equal equations, whatever their variables are called.
+def _name(item: tuple[Any, Any]) -> str:
+    return str(item[0])
 
-    Parameters are compared by value as far as that is certain, else by identity: a key may tell apart what is the
-    same (which costs a compilation), never the other way round.
+
+class Keys:
+    """Keys of the segments of one split.
+
+    Remembers what it has seen and keeps it alive: layers share the bodies of their nested calls, whose identity stands
+    for them only as long as they live.
     """
-    return _Keys().jaxpr(eqns, (), invars, outvars)
-
-
-class _Keys:
-    """Remembers what it has seen: layers share the bodies of their nested calls."""
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[Any, Hashable]] = {}
+        self._types: dict[Any, str] = {}
+
+    def equations(self, eqns: Sequence[Any], invars: Sequence[Any], outvars: Sequence[Any]) -> Hashable:
+        """Equal for equal equations, whatever their variables are called.
+
+        Parameters are compared by value as far as that is certain, else by identity: a key may tell apart what is the
+        same (which costs a compilation), never the other way round.
+        """
+        return self.jaxpr(eqns, (), invars, outvars)
 
     def jaxpr(
         self, eqns: Sequence[Any], constvars: Sequence[Any], invars: Sequence[Any], outvars: Sequence[Any]
@@ -53,16 +61,16 @@ class _Keys:
         def atom(x: Any) -> Hashable:
             if is_literal(x):
                 value = np.asarray(x.val)
-                return (str(x.aval), str(value.dtype), value.shape, value.tobytes())
+                return (self._type(x.aval), str(value.dtype), value.shape, value.tobytes())
             return numbers[x]
 
-        inputs = tuple(str(var.aval) for var in (*constvars, *invars))
+        inputs = tuple(self._type(var.aval) for var in (*constvars, *invars))
         body = []
         for eqn in eqns:
             operands = tuple(atom(x) for x in eqn.invars)
             for var in eqn.outvars:
                 numbers[var] = len(numbers)
-            results = tuple(str(var.aval) for var in eqn.outvars)
+            results = tuple(self._type(var.aval) for var in eqn.outvars)
             context = self._remember(eqn.ctx, repr)
             body.append((eqn.primitive, self.value(compiled_params(eqn)), operands, results, context))
         return (len(constvars), inputs, tuple(body), tuple(atom(x) for x in outvars))
@@ -73,7 +81,7 @@ class _Keys:
         if isinstance(x, (tuple, list)):
             return (type(x), tuple(self.value(item) for item in x))
         if isinstance(x, dict):
-            return (dict, tuple((str(key), self.value(item)) for key, item in sorted(x.items(), key=str)))
+            return (dict, tuple((str(key), self.value(item)) for key, item in sorted(x.items(), key=_name)))
         if isinstance(x, (np.ndarray, np.generic)) and x.nbytes <= _LARGEST_CONSTANT:
             return (str(x.dtype), x.shape, x.tobytes())
         if isinstance(x, (float, complex)):
@@ -92,6 +100,12 @@ class _Keys:
         inner = getattr(x, "jaxpr", x)
         key = self.jaxpr(inner.eqns, inner.constvars, inner.invars, inner.outvars)
         return (key, tuple(self.value(const) for const in getattr(x, "consts", ())))
+
+    def _type(self, aval: Any) -> str:
+        text = self._types.get(aval)
+        if text is None:
+            text = self._types[aval] = str(aval)
+        return text
 
     def _remember(self, x: Any, make: Any) -> Hashable:
         seen = self._seen.get(id(x))

@@ -127,6 +127,7 @@ def test_an_interrupted_run_leaves_nothing(sources, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.usefixtures("interrupts")
 def test_signals_that_end_a_process_leave_nothing(sources, tmp_path, monkeypatch, capsys, number):
     handler = signal.getsignal(number)
     monkeypatch.setattr(quantize_module, "write_shard", lambda arrays, path: os.kill(os.getpid(), number))

@@ -153,6 +153,7 @@ def test_a_listener_that_fails_ends_its_request_alone(llm):
     assert request.sequences[0].finish_reason == "abort"
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_ends_what_runs_and_the_next_call_works(llm):
     timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
     timer.start()

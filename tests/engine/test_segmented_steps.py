@@ -329,8 +329,7 @@ def test_two_functions_share_one_pool(model):
     np.testing.assert_allclose(run_hidden(two, model, pool, second), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_sixty_layers_are_five_executables_and_build_in_an_eighth(monkeypatch):
-    """Of the processor's time that 61 segments take that are compiled one by one; 56 are equal, and counted alone."""
+def model_of_sixty_layers():
     config = small_config(
         num_hidden_layers=60,
         layer_types=("full_attention",) * 3 + ("minimax_m3_sparse",) * 57,
@@ -342,23 +341,41 @@ def test_sixty_layers_are_five_executables_and_build_in_an_eighth(monkeypatch):
         state[name] = leaf
         if name.startswith("layers.3."):  # stands for all later ones
             state |= {name.replace(".3.", f".{i}.", 1): leaf for i in range(4, 60)}
-    model = MiniMaxM3ForCausalLM(config, state)
-    steps, built, build = segmented_steps(model, buckets=(16,)), [], Executables.build
+    return MiniMaxM3ForCausalLM(config, state)
 
-    def timed(executables, split, placement):
-        start = time.process_time()
+
+def build_sixty_layers(monkeypatch):
+    """A run of 60 layers, and of each call that built executables: processor seconds, compilations, its arguments."""
+    model, built, build = model_of_sixty_layers(), [], Executables.build
+
+    def watched(executables, split, placement):
+        before, start = compilations(), time.process_time()
         result = build(executables, split, placement)
-        built.append((time.process_time() - start, split, placement))
+        built.append((time.process_time() - start, compilations() - before, split, placement))
         return result
 
-    monkeypatch.setattr(Executables, "build", timed)
-    step = make_step(config, np.zeros((1, 1), int), [16], [16])
-    got = run_hidden(steps, model, PagePool(config, 2, jnp.float32), step)
-    assert got.shape == (16, config.hidden_size) and np.isfinite(got).all()
-    stats = steps.layers.stats()
-    assert stats.segments == 61 and stats.executables == 5
+    monkeypatch.setattr(Executables, "build", watched)
+    steps = segmented_steps(model, buckets=(16,))
+    step = make_step(model.config, np.zeros((1, 1), int), [16], [16])
+    got = run_hidden(steps, model, PagePool(model.config, 2, jnp.float32), step)
+    assert got.shape == (16, model.config.hidden_size) and np.isfinite(got).all()
+    monkeypatch.undo()
+    return steps, built
 
-    ((seconds, split, placement),) = built
+
+def test_sixty_layers_are_five_executables(monkeypatch):
+    """Five compilations for 61 segments, of which 56 are equal."""
+    steps, ((_, compiled, split, _),) = build_sixty_layers(monkeypatch)
+    stats = steps.layers.stats()
+    assert stats.segments == len(split.segments) == 61 and stats.executables == compiled == 5
+    names = collections.Counter(entry.executable.name for entry in steps.layers.program().entries)
+    assert sorted(names.values()) == [1, 1, 1, 2, 56]
+
+
+@pytest.mark.long  # a time: beside other tests it says nothing
+def test_sixty_layers_build_in_an_eighth(monkeypatch):
+    """Of the processor's time that the 56 equal segments take alone, compiled one by one."""
+    steps, ((seconds, _, split, placement),) = build_sixty_layers(monkeypatch)
     names = [entry.executable.name for entry in steps.layers.program().entries]
     most, count = collections.Counter(names).most_common(1)[0]
     segment, before = split.segments[names.index(most)], compilations()
