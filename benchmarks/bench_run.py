@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 
 from benchmarks import measure, picture, summary
-from benchmarks.cases import BASELINE_FILE
+from benchmarks.cases import Baselines
 from benchmarks.machine import describe_machine
 from minimax_jax.rank_slice.ceilings import Ceilings, measure_ceilings
 
@@ -24,6 +24,7 @@ def run_bench(
     deadline: float,
     say: Callable[[str], None],
     rotate: bool = True,
+    baselines: Baselines | None = None,
 ) -> tuple[bool, str]:
     """Measures, writes `bench.json` and `bench.png` to `out`, and returns (no case failed, the table to print last).
 
@@ -34,9 +35,11 @@ def run_bench(
       deadline: of time.monotonic, when to stop.
       say: prints progress.
       rotate: False times one set of inputs over and over, as found in L2.
+      baselines: the peer's times; by default those in benchmarks/data.
     """
+    baselines = baselines or Baselines()
     ceilings = _ceilings(say)
-    rows, left = measure.run_jobs(jobs, impl, ceilings, deadline, say, rotate)
+    rows, left = measure.run_jobs(jobs, impl, ceilings, deadline, say, rotate, baselines)
     found = summary.means(rows)
     checks = summary.check_targets(found)
     faster = summary.speedups(rows)
@@ -45,7 +48,7 @@ def run_bench(
     record = {
         "machine": machine,
         "impl": impl or "best",
-        "baseline": BASELINE_FILE,
+        "baseline": baselines.name,
         "rotated_inputs": rotate,
         "ceilings": dataclasses.asdict(ceilings),
         "targets": [{**dataclasses.asdict(t), "found": value, "verdict": verdict} for t, value, verdict in checks],

@@ -81,7 +81,7 @@ def prefill_cases() -> tuple[Case, ...]:
     """The prefill workload, heaviest first."""
     cases = [
         Case("prefill", row["name"], row["weight"], tuple(row["query_lens"]), tuple(row["prefix_lens"]))
-        for row in _rows("msa_prefill.jsonl")
+        for row in _rows(DATA / "msa_prefill.jsonl")
     ]
     return tuple(sorted(cases, key=lambda case: -case.weight))
 
@@ -90,7 +90,7 @@ def prefill_cases() -> tuple[Case, ...]:
 def decode_cases(query_len: int = 1) -> tuple[Case, ...]:
     """The decode workload with `query_len` new tokens a request, heaviest first."""
     cases = []
-    for row in _rows("msa_decode.jsonl"):
+    for row in _rows(DATA / "msa_decode.jsonl"):
         lens = row["seq_lens"]
         if min(lens) < query_len:
             raise ValueError(f"query_len = {query_len}: must be at most {min(lens)}, the shortest of {row['name']}")
@@ -99,24 +99,34 @@ def decode_cases(query_len: int = 1) -> tuple[Case, ...]:
     return tuple(sorted(cases, key=lambda case: -case.weight))
 
 
-@functools.cache
-def _baselines() -> dict[tuple, dict]:
-    return {(row["op"], row["case"], row["H"], row["KV"], row.get("rho")): row for row in _rows(BASELINE_FILE)}
+class Baselines:
+    """vLLM's times, from a file that scripts/bench_vllm.py writes."""
+
+    def __init__(self, path: Path = DATA / BASELINE_FILE):
+        """Raises ValueError or OSError where the file is not one."""
+        self.name = path.name
+        try:
+            self._by_case = {_key(row): row for row in _rows(path)}
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"baseline = {path}: a line is not one of scripts/bench_vllm.py: {error}") from None
+
+    def of(self, case: Case, heads: Heads, rho: float | None) -> dict[str, float]:
+        """Microseconds by op (empty where it was not measured) and, for prefill, the `union8` where it was counted."""
+        decode = case.phase == "decode"
+        row = self._by_case.get((case.phase, case.name, heads.q, heads.kv, None if decode else rho))
+        if row is None or (decode and set(case.query_lens) != {1}):
+            return {}
+        if decode:
+            keys = ("score_us", "index_us", "attn_us", "chain_us")
+            return {op: row[key] for op, key in zip(DECODE_OPS, keys, strict=True)}
+        parts = (row["score_us"], row["topk_us"], row["attn_us"])
+        union = {"union8": row["union8"]} if "union8" in row else {}
+        return dict(zip(PREFILL_OPS, (*parts, sum(parts)), strict=True)) | union
 
 
-def baseline(case: Case, heads: Heads, rho: float | None) -> dict[str, float]:
-    """vLLM's microseconds by op (empty where it was not measured) and, for prefill, its `union8`."""
-    decode = case.phase == "decode"
-    row = _baselines().get((case.phase, case.name, heads.q, heads.kv, None if decode else rho))
-    if row is None or (decode and set(case.query_lens) != {1}):
-        return {}
-    if decode:
-        return {
-            op: row[key] for op, key in zip(DECODE_OPS, ("score_us", "index_us", "attn_us", "chain_us"), strict=True)
-        }
-    parts = (row["score_us"], row["topk_us"], row["attn_us"])
-    return dict(zip(PREFILL_OPS, (*parts, sum(parts)), strict=True)) | {"union8": row["union8"]}
+def _key(row: dict) -> tuple:
+    return (row["op"], row["case"], row["H"], row["KV"], row.get("rho"))
 
 
-def _rows(name: str) -> list[dict]:
-    return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
+def _rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks import case_data, floors, ops, timing
 from benchmarks.case_data import Pool, Queries
-from benchmarks.cases import DECODE_OPS, HEADS, PREFILL_OPS, Case, Heads, baseline, decode_cases, prefill_cases
+from benchmarks.cases import DECODE_OPS, HEADS, PREFILL_OPS, Baselines, Case, Heads, decode_cases, prefill_cases
 from minimax_jax.rank_slice.ceilings import Ceilings
 
 FAILED = "FAILED"  # how `Row.refused` starts after an error
@@ -114,8 +114,9 @@ def run_jobs(
     deadline: float,
     say: Callable[[str], None],
     rotate: bool = True,
+    baselines: Baselines | None = None,
 ) -> tuple[list[Row], list[Job]]:
-    """Measures jobs until `deadline` (of time.monotonic).
+    """Measures jobs until `deadline` (of time.monotonic), beside `baselines` (by default those in benchmarks/data).
 
     Returns:
       The rows, and the jobs that were left out.
@@ -124,12 +125,13 @@ def run_jobs(
     most_tokens = {job.heads: max(other.case.tokens for other in jobs if other.heads == job.heads) for job in jobs}
     queries = {heads: Queries(heads, tokens) for heads, tokens in most_tokens.items()}
     pools: dict[tuple[int, int, str], Pool] = {}
+    baselines = baselines or Baselines()
     done, slowest = 0, 0.0
     for wave in _waves(jobs):
         if time.monotonic() + slowest > deadline:
             break
         begin = time.monotonic()
-        plans = [_Plan(job, rotate) for job in wave]
+        plans = [_Plan(job, baselines, rotate) for job in wave]
         _compile_all(plans, impl)
         say(f"compiled {sum(len(plan.compiled) for plan in plans)} executables in {time.monotonic() - begin:.0f} s")
         for plan in plans:
@@ -151,8 +153,8 @@ def run_jobs(
 class _Plan:
     """A job with its sizes and executables."""
 
-    def __init__(self, job: Job, rotate: bool):
-        self.job = job
+    def __init__(self, job: Job, baselines: Baselines, rotate: bool):
+        self.job, self.baselines = job, baselines
         self.sets = case_data.sets_for(job.case, job.heads, job.cached) if rotate else 1
         self.pages = case_data.pool_pages(job.case, self.sets)
         self.compiled: dict[str, Any] = {}
@@ -171,7 +173,7 @@ class _Plan:
 
     def compile(self, op: str, impl: str | None) -> None:
         case, heads = self.job.case, self.job.heads
-        known = baseline(case, heads, self.job.rhos[0]).get(op)
+        known = self.baselines.of(case, heads, self.job.rhos[0]).get(op)
         args, out = ops.shapes_of(op, case, heads, self.pages, self.job.cache_dtype)
         calls, rounds = timing.calls_and_rounds((known or 1000) * 1e-6, self.sets)
         self.calls[op], self.rounds[op] = calls, rounds
@@ -258,7 +260,7 @@ def _row(
 ) -> Row:
     job = plan.job
     case, heads = job.case, job.heads
-    known = baseline(case, heads, rho)
+    known = plan.baselines.of(case, heads, rho)
     floor = floors.floor_seconds(op, case, heads, ceilings, job.cached) * 1e6
     row = Row(
         phase=case.phase,

@@ -8,7 +8,7 @@
   python scripts/gpu_check.py --impl reference --shrink 64 --quick      a try without a GPU
 
 Parity: each op against the reference in float32 on upcast inputs. Benchmark: the MSA workload against vLLM's times
-(benchmarks/data) and the floor of this device. Writes parity.json, bench.json and bench.png to --out.
+(--baseline) and the floor of this device. Writes parity.json, bench.json and bench.png to --out.
 Exit status: 0, or 1 when a parity check or a benchmark case failed.
 """
 
@@ -26,7 +26,7 @@ import jax  # noqa: E402
 
 from benchmarks import measure  # noqa: E402
 from benchmarks.bench_run import run_bench  # noqa: E402
-from benchmarks.cases import DECODE_OPS, HEADS, PREFILL_OPS  # noqa: E402
+from benchmarks.cases import BASELINE_FILE, DATA, DECODE_OPS, HEADS, PREFILL_OPS, Baselines  # noqa: E402
 from benchmarks.parity.run import OPS, run_parity  # noqa: E402
 from minimax_kernels import FP8  # noqa: E402
 
@@ -63,6 +63,12 @@ def arguments() -> argparse.Namespace:
     bench.add_argument("--max-cases", type=int, help="heaviest cases of each phase")
     bench.add_argument("--case", default="", help="cases whose name holds this, e.g. b64_ or t16384")
     bench.add_argument("--q-len", type=int, default=1, help="decode: queries a request (8: verify, no baseline)")
+    bench.add_argument(
+        "--baseline",
+        type=_baselines,
+        default=str(DATA / BASELINE_FILE),
+        help=f"vLLM's times, as scripts/bench_vllm.py writes them (default: {BASELINE_FILE}, of an H100)",
+    )
     bench.add_argument("--hot", action="store_true", help="one set of inputs, as found in L2")
     bench.add_argument("--shrink", type=int, default=1, help="divide all lengths (a try without a GPU)")
     return parser.parse_args()
@@ -77,6 +83,13 @@ def _names(allowed: tuple[str, ...]):
         return names
 
     return parse
+
+
+def _baselines(text: str) -> Baselines:
+    try:
+        return Baselines(Path(text))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def say(text: str) -> None:
@@ -98,7 +111,7 @@ def bench(args: argparse.Namespace, deadline: float) -> tuple[bool, str]:
         cache_dtypes=("bfloat16", FP8) if args.cache_dtype == "fp8" else ("bfloat16",),
     )
     say(f"benchmark of {args.impl}: {len(jobs)} cases")
-    return run_bench(jobs, args.impl, args.out, deadline, say, rotate=not args.hot)
+    return run_bench(jobs, args.impl, args.out, deadline, say, rotate=not args.hot, baselines=args.baseline)
 
 
 def main() -> int:

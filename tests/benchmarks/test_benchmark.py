@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import case_data, floors, measure, summary, timing
-from benchmarks.cases import BLOCK, DECODE_OPS, HEADS, PREFILL_OPS, TOPK, Case, baseline, decode_cases, prefill_cases
+from benchmarks.cases import BLOCK, DECODE_OPS, HEADS, PREFILL_OPS, TOPK, Baselines, Case, decode_cases, prefill_cases
 from minimax_jax.rank_slice.ceilings import Ceilings
 
 CASE = Case("prefill", "x", 3, (130, 1, 70), (5 * BLOCK, 0, 20 * BLOCK - 3))
@@ -38,6 +38,7 @@ def test_floors_of_decode_are_bytes_over_bandwidth():
 
 
 def test_every_case_has_its_baseline():
+    baseline = Baselines().of
     for tp in HEADS:
         for rho in (0.0, 0.99):
             assert all({*PREFILL_OPS, "union8"} == set(baseline(c, HEADS[tp], rho)) for c in prefill_cases())
