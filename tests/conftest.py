@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import os
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,11 @@ for flag, value in FLAGS.items():
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
 
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # nobody reads where an operation of a test comes from
+# For each Triton operation that is lowered, MLIR looks for a module of this name, which jaxlib does not have, and
+# pytest's import hook makes that slow: half of the time of lowering a kernel.
+sys.modules.setdefault("jaxlib.mlir.dialects.tt", types.ModuleType("jaxlib.mlir.dialects.tt"))
+
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
@@ -33,6 +39,13 @@ def pytest_sessionstart() -> None:
     missing = [name for name in ("torch", "transformers") if TORCH_REQUIRED and not importlib.util.find_spec(name)]
     if missing:
         raise pytest.UsageError(f"{' and '.join(missing)} missing on Python 3.11: install the test extra")
+
+
+def pytest_collection_finish() -> None:
+    """Imported modules stay: the garbage collector need not go through them, nor through each trace, over and over."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -93,6 +93,7 @@ def test_every_bucket_equals_whole_steps(model, steps, rows):
     check_equal(model, steps, [([rows - 9, 9], [rows - 9, 9]), ([rows - 1], [rows - 1])])
 
 
+@pytest.mark.long
 def test_segments_of_the_embedded_checkpoint_equal_whole_steps():
     """A prompt over two of its pages, and another beside a single token."""
     tiny = MiniMaxM3ForCausalLM.from_pretrained("tiny", "float32", progress=False)
@@ -212,15 +213,34 @@ def test_every_stale_step_raises_and_the_next_one_serves(model, steps):
         steps.attention.step(pool, step.layout)
 
 
-def test_recapture_is_quick_and_recompiles_no_segment(model):
-    tiny = MiniMaxM3ForCausalLM.from_pretrained("tiny", progress=False)
-    steps = segmented_steps(tiny, buckets=(16, 32))
-    pool = PagePool(tiny.config, 4, jnp.float32)
-    steps.warm_up(tiny._leaves, pool)
-    before = compilations()
+def warmed_up(model):
+    """Steps of two buckets and their pool, after a first recapture, which brings the allocator to its steady state."""
+    steps, pool = segmented_steps(model, buckets=(16, 32)), PagePool(model.config, 4, jnp.float32)
+    steps.warm_up(model._leaves, pool)
     pool.resize(4, keep=False)
-    steps.warm_up(tiny._leaves, pool)  # brings the allocator to its steady state
-    seconds = []
+    steps.warm_up(model._leaves, pool)
+    return steps, pool
+
+
+def test_recapture_recompiles_no_segment(model):
+    steps, pool = warmed_up(model)
+    before, executables = compilations(), steps.layers.stats().executables
+    pool.resize(4, keep=False)
+    steps.warm_up(model._leaves, pool)
+    assert compilations() == before and steps.layers.stats().captured == 2
+    traces = steps.attention.traces
+    pool.resize(6, keep=False)
+    steps.warm_up(model._leaves, pool)
+    # only what takes the pool itself: attention of dense and of sparse layers, per bucket, and the pools' zeros
+    assert traces == 4 and steps.attention.traces == 8 and compilations() - before <= 4 + 3
+    assert steps.layers.stats().executables == executables
+
+
+@pytest.mark.long  # a time: beside other tests it says nothing
+def test_recapture_of_the_embedded_checkpoint_is_quick():
+    tiny = MiniMaxM3ForCausalLM.from_pretrained("tiny", progress=False)
+    steps, pool = warmed_up(tiny)
+    before, seconds = compilations(), []
     for _ in range(10):
         pool.resize(4, keep=False)
         times = []
@@ -229,15 +249,9 @@ def test_recapture_is_quick_and_recompiles_no_segment(model):
             steps.warm_up(tiny._leaves, pool)
             jax.block_until_ready(pool.caches)
             times.append(time.perf_counter() - start)
-        seconds.append((times[0] - times[1]) / len(steps.layers.buckets))
-    assert compilations() == before and steps.layers.stats().captured == 2
-    # without the steps themselves, which take as long as whatever runs beside this test lets them
+        seconds.append((times[0] - times[1]) / len(steps.layers.buckets))  # without the steps themselves
+    assert compilations() == before and steps.layers.stats().executables == 10
     assert np.median(seconds) < 0.05
-    pool.resize(6, keep=False)
-    steps.warm_up(tiny._leaves, pool)
-    # only what takes the pool itself: attention of dense and of sparse layers, per bucket, and the pools' zeros
-    assert steps.attention.traces == 8 and compilations() - before <= 4 + 3
-    assert steps.layers.stats().executables == 10
 
 
 def test_small_pool_then_final_pool(model):

@@ -86,7 +86,7 @@ def in_whole_and_parts(directory: Path, config, sizes) -> tuple[int, int]:
     ("count", "layouts", "llm"),
     [
         pytest.param(2, [(4, 4, 1)], (2, 4, 2), id="2"),
-        pytest.param(4, [(1, 4, 4)], None, id="4"),
+        pytest.param(4, [(1, 4, 4)], None, id="4", marks=pytest.mark.long),
         pytest.param(2, [(1, 4, 1), (2, 2, 2), (1, 4, 4)], (4, 4, 1), id="2-others", marks=pytest.mark.long),
         pytest.param(4, [(4, 4, 1), (2, 4, 2), (4, 2, 1)], (1, 4, 4), id="4-others", marks=pytest.mark.long),
     ],
