@@ -20,26 +20,25 @@ from minimax_jax.rank_slice.ceilings import Ceilings, measure_ceilings
 def run_bench(
     jobs: Sequence[measure.Job],
     impl: str | None,
+    baselines: Baselines,
     out: Path,
     deadline: float,
     say: Callable[[str], None],
     rotate: bool = True,
-    baselines: Baselines | None = None,
 ) -> tuple[bool, str]:
     """Measures, writes `bench.json` and `bench.png` to `out`, and returns (no case failed, the table to print last).
 
     Args:
       jobs: what to measure, most urgent first.
       impl: of the operations; None for the best.
+      baselines: the peer's times.
       out: folder for the results.
       deadline: of time.monotonic, when to stop.
       say: prints progress.
       rotate: False times one set of inputs over and over, as found in L2.
-      baselines: the peer's times; by default those in benchmarks/data.
     """
-    baselines = baselines or Baselines()
     ceilings = _ceilings(say)
-    rows, left = measure.run_jobs(jobs, impl, ceilings, deadline, say, rotate, baselines)
+    rows, left = measure.run_jobs(jobs, impl, baselines, ceilings, deadline, say, rotate)
     found = summary.means(rows)
     checks = summary.check_targets(found)
     faster = summary.speedups(rows)

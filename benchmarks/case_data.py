@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from minimax_kernels import Batch
 
 CHUNK_PAGES = 64
 MOST_SETS = 64
+MOST_UNION_TOKENS = 20_000  # tokens up to which the union of neighbours is counted
 ROTATED_BYTES = 128 << 20  # what a round of calls touches: well over the 50 MB of L2
 
 
@@ -121,11 +123,15 @@ class Queries:
         return jax.device_put(self._cut(self._q, start, count))
 
     def index(self, rho: float, count: int) -> jax.Array:
-        """[count, Hi, D] of the AR(1) process from its start."""
+        """`index_rows` on the device."""
+        return jax.device_put(self.index_rows(rho, count))
+
+    def index_rows(self, rho: float, count: int) -> np.ndarray:
+        """[count, Hi, D] of the AR(1) process from its start, on the host."""
         if rho not in self._index:
             shape = (self.tokens, self.heads.index, HEAD_DIM)
             self._index[rho] = np.asarray(ar1(_key(self.seed + 1), shape, rho).astype(jnp.bfloat16))
-        return jax.device_put(self._cut(self._index[rho], 0, count))
+        return self._cut(self._index[rho], 0, count)
 
     def _cut(self, rows: np.ndarray, start: int, count: int) -> np.ndarray:
         if count > self.tokens:
@@ -134,20 +140,25 @@ class Queries:
         return rows[start : start + count]
 
 
+def make_tables(case: Case, pages: int, sets: int, seed: int) -> Iterator[np.ndarray]:
+    """`sets` block tables [R, N] over disjoint, randomly permuted pages; what is past a request's end is foreign."""
+    per_set = sum(case.blocks)
+    if per_set * sets > pages:
+        raise ValueError(f"sets = {sets}: {case.name} needs {per_set} pages a set and the pool has {pages}")
+    random = np.random.default_rng(seed)
+    for own in random.permutation(pages)[: per_set * sets].astype(np.int32).reshape(sets, per_set):
+        tables = random.integers(0, pages, (case.batch, max(case.blocks))).astype(np.int32)
+        for row, part in zip(tables, np.split(own, np.cumsum(case.blocks)[:-1]), strict=True):
+            row[: len(part)] = part
+        yield tables
+
+
 def make_inputs(case: Case, pool: Pool, queries: Queries, rho: float, sets: int, seed: int = 7) -> list[Inputs]:
     """`sets` sets of inputs over disjoint, randomly permuted pages of the pool."""
-    per_set = sum(case.blocks)
-    if per_set * sets > pool.pages:
-        raise ValueError(f"sets = {sets}: {case.name} needs {per_set} pages a set and the pool has {pool.pages}")
-    random = np.random.default_rng(seed)
-    pages = random.permutation(pool.pages)[: per_set * sets].astype(np.int32).reshape(sets, per_set)
     starts = jnp.asarray(np.cumsum([0, *case.query_lens]), jnp.int32)
     kv_lens = jnp.asarray(case.kv_lens, jnp.int32)
     made = []
-    for number, own in enumerate(pages):
-        tables = random.integers(0, pool.pages, (case.batch, max(case.blocks))).astype(np.int32)  # foreign past the end
-        for row, part in zip(tables, np.split(own, np.cumsum(case.blocks)[:-1]), strict=True):
-            row[: len(part)] = part
+    for number, tables in enumerate(make_tables(case, pool.pages, sets, seed)):
         batch = Batch(jnp.asarray(tables), starts, kv_lens)
         q = queries.q(number * case.tokens, case.tokens)
         made.append(Inputs(q, queries.index(rho, case.tokens), batch))  # other index keys: other selections

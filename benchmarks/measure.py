@@ -110,22 +110,20 @@ def select_jobs(
 def run_jobs(
     jobs: Sequence[Job],
     impl: str | None,
+    baselines: Baselines,
     ceilings: Ceilings,
     deadline: float,
     say: Callable[[str], None],
     rotate: bool = True,
-    baselines: Baselines | None = None,
 ) -> tuple[list[Row], list[Job]]:
-    """Measures jobs until `deadline` (of time.monotonic), beside `baselines` (by default those in benchmarks/data).
+    """Measures jobs until `deadline` (of time.monotonic), beside the peer's `baselines`.
 
     Returns:
       The rows, and the jobs that were left out.
     """
     rows: list[Row] = []
-    most_tokens = {job.heads: max(other.case.tokens for other in jobs if other.heads == job.heads) for job in jobs}
-    queries = {heads: Queries(heads, tokens) for heads, tokens in most_tokens.items()}
+    queries = queries_for(jobs)
     pools: dict[tuple[int, int, str], Pool] = {}
-    baselines = baselines or Baselines()
     done, slowest = 0, 0.0
     for wave in _waves(jobs):
         if time.monotonic() + slowest > deadline:
@@ -148,6 +146,12 @@ def run_jobs(
             done += 1
         slowest = max(slowest, time.monotonic() - begin)
     return rows, list(jobs[done:])
+
+
+def queries_for(jobs: Sequence[Job]) -> dict[Heads, Queries]:
+    """As many as the largest case of each needs."""
+    most_tokens = {job.heads: max(other.case.tokens for other in jobs if other.heads == job.heads) for job in jobs}
+    return {heads: Queries(heads, tokens) for heads, tokens in most_tokens.items()}
 
 
 class _Plan:
@@ -219,7 +223,7 @@ def _time_plan(plan: _Plan, pool: Pool, queries: Queries, rho: float, ceilings: 
             scores = _outputs(compiled, sets, calls)
         elif op in ("select", "index"):
             selected = _outputs(compiled, sets, calls)
-            if job.case.phase == "prefill" and job.case.tokens <= 20_000:
+            if job.case.phase == "prefill" and job.case.tokens <= case_data.MOST_UNION_TOKENS:
                 union = case_data.union_of_neighbours(np.asarray(selected[0]), job.case.query_lens)
         if op not in job.ops or op in plan.refused:
             continue

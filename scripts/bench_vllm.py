@@ -25,10 +25,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # read when jax
 
 import torch  # noqa: E402
 
-from benchmarks import measure  # noqa: E402
-from benchmarks.case_data import pool_pages, sets_for  # noqa: E402
+from benchmarks.case_arguments import add_case_arguments, select_jobs, tps_of  # noqa: E402
+from benchmarks.case_data import Queries, pool_pages, sets_for  # noqa: E402
 from benchmarks.cases import HEADS  # noqa: E402
 from benchmarks.machine import describe_machine  # noqa: E402
+from benchmarks.measure import Job, queries_for  # noqa: E402
 from benchmarks.peer import vllm_kernels  # noqa: E402
 from benchmarks.peer.check import check  # noqa: E402
 from benchmarks.peer.inputs import index_queries, make_inputs, make_pool  # noqa: E402
@@ -45,18 +46,13 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", type=Path, help="folder of vLLM's sources")
     parser.add_argument("--out", type=Path, default=Path("vllm"), help="folder for results (default: %(default)s)")
-    parser.add_argument("--bench", choices=("prefill", "decode"), help="one phase")
-    parser.add_argument("--tp", type=int, choices=tuple(HEADS), help="1: 64/4 heads; 8: one rank's 8/1")
-    parser.add_argument("--rho", type=float, choices=(0.0, 0.99), help="drift of prefill's index queries")
-    parser.add_argument("--max-cases", type=int, help="heaviest cases of each phase")
-    parser.add_argument("--case", default="", help="cases whose name holds this, e.g. b64_ or t16384")
     parser.add_argument("--limit-s", type=float, default=540, help="seconds; what is left out is said (default: 540)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="torch's; cpu: a try")
-    parser.add_argument("--shrink", type=int, default=1, help="divide all lengths (a try)")
+    add_case_arguments(parser)
     return parser.parse_args()
 
 
-def measure_job(kernels: vllm_kernels.VllmKernels, job: measure.Job, device: torch.device) -> list[dict]:
+def measure_job(kernels: vllm_kernels.VllmKernels, job: Job, queries: Queries, device: torch.device) -> list[dict]:
     """The rows of one case."""
     case, heads = job.case, job.heads
     sets = sets_for(case, heads)
@@ -64,8 +60,7 @@ def measure_job(kernels: vllm_kernels.VllmKernels, job: measure.Job, device: tor
     operations = Operations(kernels, case, heads, pool)
     rows = []
     for rho in job.rhos:
-        queries = index_queries(case.tokens, heads.index, rho, device)
-        inputs = make_inputs(case, heads, pool, queries, sets)
+        inputs = make_inputs(case, heads, pool, index_queries(queries, rho, case.tokens, device), sets)
         timed = measure_decode if case.phase == "decode" else measure_prefill
         rows.append(row_of(case, heads, rho, timed(operations, inputs)))
         text = ", ".join(f"{name} {value:g}" for name, value in rows[-1].items() if name.endswith(("_us", "union8")))
@@ -85,29 +80,22 @@ def main() -> int:
     except (ValueError, ImportError) as error:
         print(f"bench_vllm: {error}", file=sys.stderr)
         return 2
-    jobs = measure.select_jobs(
-        phases=[args.bench] if args.bench else ["decode", "prefill"],
-        tps=[args.tp] if args.tp else list(HEADS),
-        rhos=[args.rho] if args.rho is not None else [0.99, 0.0],
-        max_cases=args.max_cases,
-        names=args.case,
-        shrink=args.shrink,
-    )
+    jobs = select_jobs(args)
     args.out.mkdir(parents=True, exist_ok=True)
     record = {"vllm": kernels.version, "torch": torch.__version__, **describe_machine()}
     (args.out / "vllm.json").write_text(json.dumps(record, indent=1) + "\n")
-    wrong = [text for tp in ([args.tp] if args.tp else HEADS) for text in check(kernels, HEADS[tp], device)]
+    wrong = [text for tp in tps_of(args) for text in check(kernels, HEADS[tp], device)]
     for text in wrong:
         say(f"WRONG: {text}")
     say(f"vLLM {kernels.version}, torch {torch.__version__}, {record['device']}: {len(jobs)} cases")
-    failed, left = 0, 0
+    queries, failed, left = queries_for(jobs), 0, 0
     with (args.out / "vllm.jsonl").open("w") as file:
         for job in jobs:
             if time.monotonic() - START > args.limit_s:
                 left += 1
                 continue
             try:
-                rows = measure_job(kernels, job, device)
+                rows = measure_job(kernels, job, queries[job.heads], device)
             except RuntimeError as error:  # out of memory, or a kernel that does not run here
                 failed += 1
                 say(f"FAILED {job.case.phase} {job.case.short_name} tp{job.heads.tp}: {error}")

@@ -24,9 +24,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import jax  # noqa: E402
 
-from benchmarks import measure  # noqa: E402
 from benchmarks.bench_run import run_bench  # noqa: E402
-from benchmarks.cases import BASELINE_FILE, DATA, DECODE_OPS, HEADS, PREFILL_OPS, Baselines  # noqa: E402
+from benchmarks.case_arguments import add_case_arguments, select_jobs  # noqa: E402
+from benchmarks.cases import BASELINE_FILE, DATA, DECODE_OPS, PREFILL_OPS, Baselines  # noqa: E402
 from benchmarks.parity.run import OPS, run_parity  # noqa: E402
 from minimax_kernels import FP8  # noqa: E402
 
@@ -56,12 +56,8 @@ def arguments() -> argparse.Namespace:
     parity.add_argument("--small", action="store_true", help="small shapes: CPU (always there), compute-sanitizer")
     parity.add_argument("--workers", type=int, help="cases at a time; 1 for compute-sanitizer (default: by cores)")
     bench = parser.add_argument_group("benchmark")
-    bench.add_argument("--bench", choices=("prefill", "decode"), help="one phase")
+    add_case_arguments(bench)
     bench.add_argument("--bench-ops", type=_names(BENCH_OPS), default=(), help=f"of {', '.join(BENCH_OPS)}")
-    bench.add_argument("--tp", type=int, choices=tuple(HEADS), help="1: 64/4 heads; 8: one rank's 8/1")
-    bench.add_argument("--rho", type=float, choices=(0.0, 0.99), help="drift of prefill's index queries")
-    bench.add_argument("--max-cases", type=int, help="heaviest cases of each phase")
-    bench.add_argument("--case", default="", help="cases whose name holds this, e.g. b64_ or t16384")
     bench.add_argument("--q-len", type=int, default=1, help="decode: queries a request (8: verify, no baseline)")
     bench.add_argument(
         "--baseline",
@@ -70,7 +66,6 @@ def arguments() -> argparse.Namespace:
         help=f"vLLM's times, as scripts/bench_vllm.py writes them (default: {BASELINE_FILE}, of an H100)",
     )
     bench.add_argument("--hot", action="store_true", help="one set of inputs, as found in L2")
-    bench.add_argument("--shrink", type=int, default=1, help="divide all lengths (a try without a GPU)")
     return parser.parse_args()
 
 
@@ -99,19 +94,15 @@ def say(text: str) -> None:
 
 def bench(args: argparse.Namespace, deadline: float) -> tuple[bool, str]:
     """The benchmark; returns whether no case failed, and its table."""
-    jobs = measure.select_jobs(
-        phases=[args.bench] if args.bench else ["decode", "prefill"],
-        tps=[args.tp] if args.tp else list(HEADS),
-        rhos=[args.rho] if args.rho is not None else [0.99, 0.0],
+    jobs = select_jobs(
+        args,
         only_ops=args.bench_ops,
         query_len=args.q_len,
-        max_cases=min(filter(None, (args.max_cases, QUICK_CASES if args.quick else None)), default=None),
-        names=args.case,
-        shrink=args.shrink,
+        most_cases=QUICK_CASES if args.quick else None,
         cache_dtypes=("bfloat16", FP8) if args.cache_dtype == "fp8" else ("bfloat16",),
     )
     say(f"benchmark of {args.impl}: {len(jobs)} cases")
-    return run_bench(jobs, args.impl, args.out, deadline, say, rotate=not args.hot, baselines=args.baseline)
+    return run_bench(jobs, args.impl, args.baseline, args.out, deadline, say, rotate=not args.hot)
 
 
 def main() -> int:

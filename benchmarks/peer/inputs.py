@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import torch
 
+from benchmarks.case_data import Queries, make_tables
 from benchmarks.cases import BLOCK, HEAD_DIM, TOPK, Case, Heads
 
 CHUNK_PAGES = 1024
@@ -52,35 +53,21 @@ def make_pool(pages: int, heads: Heads, device: torch.device, seed: int = 0) -> 
     return Pool(filled(heads.kv, BLOCK, 2 * HEAD_DIM), filled(BLOCK, HEAD_DIM))
 
 
-def index_queries(tokens: int, heads: int, rho: float, device: torch.device, seed: int = 101) -> torch.Tensor:
-    """[tokens, heads, D] of the AR(1) process from zero, as benchmarks.case_data has it."""
-    noise = np.random.default_rng(seed).standard_normal((tokens, heads, HEAD_DIM), np.float32)
-    state, scale = np.zeros_like(noise[0]), np.float32(np.sqrt(1 - rho * rho))
-    if rho:
-        for row in noise:
-            state = np.float32(rho) * state + scale * row
-            row[:] = state
-    return torch.from_numpy(noise).to(device, dtype_on(device))
+def index_queries(queries: Queries, rho: float, count: int, device: torch.device) -> torch.Tensor:
+    """[count, Hi, D]: those of our own measurements."""
+    return torch.from_numpy(queries.index_rows(rho, count).astype(np.float32)).to(device, dtype_on(device))
 
 
 def make_inputs(case: Case, heads: Heads, pool: Pool, idx_q: torch.Tensor, sets: int, seed: int = 7) -> list[Inputs]:
     """`sets` sets over disjoint, randomly permuted pages; the index queries are the same, their keys are not."""
     device = pool.kv.device
-    per_set, pages = sum(case.blocks), pool.index.shape[0]
-    if per_set * sets > pages:
-        raise ValueError(f"sets = {sets}: {case.name} needs {per_set} pages a set and the pool has {pages}")
-    random = np.random.default_rng(seed)
-    order = random.permutation(pages)[: per_set * sets].astype(np.int32).reshape(sets, per_set)
 
     def integers(values) -> torch.Tensor:
         return torch.tensor(np.asarray(values, np.int32), device=device)
 
     made = []
     generator = torch.Generator(device).manual_seed(seed)
-    for own in order:
-        tables = random.integers(0, pages, (case.batch, max(case.blocks))).astype(np.int32)
-        for row, part in zip(tables, np.split(own, np.cumsum(case.blocks)[:-1]), strict=True):
-            row[: len(part)] = part
+    for tables in make_tables(case, pool.index.shape[0], sets, seed):
         q = torch.empty(case.tokens, heads.q, HEAD_DIM, dtype=dtype_on(device), device=device)
         made.append(
             Inputs(

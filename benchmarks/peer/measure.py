@@ -8,19 +8,17 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks.case_data import union_of_neighbours
-from benchmarks.cases import HEAD_DIM, TOPK, Case, Heads
+from benchmarks.case_data import MOST_UNION_TOKENS, union_of_neighbours
+from benchmarks.cases import TOPK, Case, Heads
+from benchmarks.ops import SCALE
 from benchmarks.peer.inputs import Inputs, Pool
 from benchmarks.peer.vllm_kernels import VllmKernels
 
-SCALE = HEAD_DIM**-0.5
 FORCED = {"init_blocks": 0, "local_blocks": 1}
 GRAPH_SECONDS = 4e-3  # what one replay should take
 REPEATS = 5
-LARGEST_SELECTION = 20_000  # tokens of which the union of neighbours is counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +107,10 @@ class Operations:
 
 def measure_decode(operations: Operations, sets: Sequence[Inputs]) -> dict[str, float]:
     """Microseconds of a call: score, score and selection, attention, all three."""
-    for own in sets:
-        operations.decode_index(own)  # attention needs selections
     calls = {
         "score_us": operations.decode_score,
         "index_us": operations.decode_index,
-        "attn_us": operations.decode_attention,
+        "attn_us": operations.decode_attention,  # over what was just selected
         "chain_us": operations.decode_chain,
     }
     return {name: time_calls(call, sets, operations.device) for name, call in calls.items()}
@@ -127,9 +123,8 @@ def measure_prefill(operations: Operations, sets: Sequence[Inputs]) -> dict[str,
     scored = [(own, operations.prefill_score(own)) for own in sets]
     found["topk_us"] = time_calls(lambda pair: operations.prefill_select(*pair), scored, device)
     found["attn_us"] = time_calls(operations.prefill_attention, sets, device)  # over what was just selected
-    if case.tokens <= LARGEST_SELECTION:
-        selected = sets[0].selected.cpu().numpy()
-        found["union8"] = union_of_neighbours(np.asarray(selected), case.query_lens)
+    if case.tokens <= MOST_UNION_TOKENS:
+        found["union8"] = union_of_neighbours(sets[0].selected.cpu().numpy(), case.query_lens)
     return found
 
 

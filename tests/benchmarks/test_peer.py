@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.case_data import Queries
 from benchmarks.cases import BLOCK, HEAD_DIM, HEADS, TOPK, Baselines, Case, Heads, decode_cases, prefill_cases
 
 torch = pytest.importorskip("torch")
@@ -109,15 +110,15 @@ def test_inputs_are_those_of_the_benchmark():
     case, heads = Case("prefill", "x", 1, (300, 1), (5, 2 * BLOCK)), HEADS[1]
     pool = make_pool(20, heads, CPU)
     assert pool.kv.shape == (20, 4, BLOCK, 2 * HEAD_DIM) and 0.9 < float(pool.kv.float().std()) < 1.1
-    first, second = make_inputs(case, heads, pool, index_queries(301, 4, 0.9, CPU), sets=2)
+    first, second = make_inputs(case, heads, pool, index_queries(Queries(heads, 301), 0.9, 301, CPU), sets=2)
     own = [{*table[0, :3].tolist(), *table[1, :3].tolist()} for table in (first.block_table, second.block_table)]
     assert [len(pages) for pages in own] == [6, 6] and not own[0] & own[1]
     assert first.query_starts.tolist() == [0, 300, 301] and first.kv_lens.tolist() == [305, 257]
     with pytest.raises(ValueError, match="sets = 4: x needs 6 pages a set and the pool has 20"):
-        make_inputs(case, heads, pool, index_queries(301, 4, 0.9, CPU), sets=4)
-    drift = index_queries(4000, 1, 0.9, CPU).float()[:, 0]
+        make_inputs(case, heads, pool, index_queries(Queries(heads, 301), 0.9, 301, CPU), sets=4)
+    drift = index_queries(Queries(HEADS[8], 4000), 0.9, 4000, CPU).float()[:, 0]
     assert float((drift[1:] * drift[:-1]).mean() / drift.square().mean()) == pytest.approx(0.9, abs=0.01)
-    assert float(index_queries(4000, 1, 0.0, CPU).float().std()) == pytest.approx(1, abs=0.01)
+    assert float(index_queries(Queries(HEADS[8], 4000), 0.0, 4000, CPU).float().std()) == pytest.approx(1, abs=0.01)
 
 
 def test_rows_are_a_baseline(tmp_path):
@@ -126,7 +127,7 @@ def test_rows_are_a_baseline(tmp_path):
     for case in cases:
         pool = make_pool(sum(case.blocks), heads, CPU)
         operations = Operations(own_kernels(), case, heads, pool)
-        sets = make_inputs(case, heads, pool, index_queries(case.tokens, heads.index, 0.0, CPU), 1)
+        sets = make_inputs(case, heads, pool, index_queries(Queries(heads, case.tokens), 0.0, case.tokens, CPU), 1)
         measured = (measure_decode if case.phase == "decode" else measure_prefill)(operations, sets)
         rows.append(row_of(case, heads, 0.0, measured))
     file = tmp_path / "own.jsonl"
@@ -146,7 +147,7 @@ def test_a_file_that_is_no_baseline_is_refused(tmp_path):
 
 def test_every_set_is_called():
     case, heads = Case("decode", "x", 1, (1,), (BLOCK,)), HEADS[8]
-    sets = make_inputs(case, heads, make_pool(6, heads, CPU), index_queries(1, 1, 0.0, CPU), 3)
+    sets = make_inputs(case, heads, make_pool(6, heads, CPU), index_queries(Queries(heads, 1), 0.0, 1, CPU), 3)
     called = []
     assert time_calls(lambda own: called.append(id(own)), sets, CPU) >= 0
     assert called == [id(own) for own in sets]
