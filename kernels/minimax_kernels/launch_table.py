@@ -17,11 +17,13 @@ class ScoreLaunch:
     Attributes:
       tile: query tokens of a program.
       blocks_per_program: pages of keys that a program scores.
+      keys_first: keys on the M side of the matrix instruction, queries on its N side.
     """
 
     tile: int
     blocks_per_program: int
     launch: Launch
+    keys_first: bool = False
 
 
 def score_launch(num_tokens: int, num_blocks: int, num_heads: int, mean_rows: int, *, fp8: bool = False) -> ScoreLaunch:
@@ -35,9 +37,10 @@ def score_launch(num_tokens: int, num_blocks: int, num_heads: int, mean_rows: in
         pages = ceil_div(num_tokens, tile) * num_blocks
         at_once = ceil_div(pages, NUM_SMS * 3)  # three programs fit a multiprocessor: all pages in one go
         if fp8:
-            return ScoreLaunch(tile, min(max(at_once, 1), 8), Launch(4, 3))
-        per_program = pages // (NUM_SMS * 8)
-        return ScoreLaunch(tile, min(max(per_program if per_program > 1 else at_once, 1), 4), Launch(4, 2))
+            return ScoreLaunch(tile, min(max(at_once, 1), 8), Launch(4, 3), keys_first=True)
+        per_program = min(at_once, 3) if pages <= NUM_SMS * 12 else 2 if pages < NUM_SMS * 300 else 4
+        # 16 rows as the first operand need no second buffer for a page: five programs fit a multiprocessor
+        return ScoreLaunch(tile, max(per_program, 1), Launch(4, 2), keys_first=tile * num_heads > 16)
     tile = max(128 // num_heads, 32)
     tiles = ceil_div(num_tokens, tile)
     per_program = min(max(tiles * num_blocks // (NUM_SMS * 4), 2), 32)
@@ -45,8 +48,13 @@ def score_launch(num_tokens: int, num_blocks: int, num_heads: int, mean_rows: in
 
 
 MOST_RANKED_BLOCKS = 128  # blocks a request up to which the attention kernel of few queries selects by itself
-SELECT_CHUNK = 1024  # scores that one warp holds at a time
-SELECT_LAUNCH = Launch(num_warps=1, num_stages=1)
+
+
+def select_launch(num_rows: int, num_blocks: int) -> Launch:
+    """A warp a row of scores; more of them where there are few rows and each is long."""
+    return Launch(4 if num_rows <= NUM_SMS * 4 and num_blocks > 512 else 1, 1)
+
+
 MOST_SPLITS = 32  # partial results that the last program of a tile merges
 MERGE_ROWS = 8  # query heads of a program that merges partial results
 MERGE_LAUNCH = Launch(num_warps=4, num_stages=1)
@@ -106,6 +114,9 @@ def dense_launch(num_tokens: int, num_blocks: int, rows_per_token: int, groups: 
     return AttendLaunch(tile, ceil_div(num_blocks, splits), 64, Launch(8 if rows >= 128 else 4, 3))
 
 
+QUERY_BYTES = 64 << 20  # of queries whose pairs are sorted together, with 128 channels
+
+
 @dataclasses.dataclass(frozen=True)
 class PageLaunch:
     """Of sparse attention page by page.
@@ -125,14 +136,19 @@ class PageLaunch:
 
 
 def page_launch(num_tokens: int, rows_per_token: int, groups: int, topk: int) -> PageLaunch:
-    """Tiles of 64 rows; programs of several tiles where there are enough of them."""
+    """Tiles of 64 rows; programs of several tiles where there are enough of them.
+
+    A window is as many tokens as have 64 MB of queries, about what the second-level cache keeps.
+    """
     queries = max(64 // rows_per_token, 1)
     tiles = ceil_div(num_tokens * topk * groups, queries)
     measured = _measured_at(PAGE, rows_per_token, tiles)
     if measured is None:
-        measured = floor_power_of_two(min(max(tiles // (NUM_SMS * 4), 1), 16)), 4
+        per_slot = tiles // (NUM_SMS * 4)
+        measured = 32 if per_slot >= 128 else floor_power_of_two(min(max(per_slot, 1), 16)), 4
     tiles_per_program, num_warps = measured
-    return PageLaunch(queries * rows_per_token, queries * tiles_per_program, 1 << 30, Launch(num_warps, 1))
+    window = max(QUERY_BYTES // (groups * rows_per_token * 256), 1)
+    return PageLaunch(queries * rows_per_token, queries * tiles_per_program, 2 << 30, Launch(num_warps, 1), window)
 
 
 WRITE_TOKENS = 16  # tokens of a program that writes to pages

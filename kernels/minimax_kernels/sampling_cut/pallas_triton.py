@@ -23,7 +23,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from minimax_kernels.likeliest import BLOCK, in_blocks
-from minimax_kernels.select_blocks.pallas_triton import LOWEST, sortable
+from minimax_kernels.select_blocks.sortable import LOWEST, sortable
 from minimax_kernels.triton_call import Launch, ceil_div, next_power_of_two, triton_call
 
 LEAST_SHARE = 1e-30  # of a top-p below this: a smaller one may be 0 on the device, which no tokens at all reach

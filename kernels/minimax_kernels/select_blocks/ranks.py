@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from minimax_kernels.select_blocks.pallas_triton import FORCED, LOWEST, sortable
+from minimax_kernels.select_blocks.sortable import FORCED, LOWEST, sortable
 from minimax_kernels.triton_call import next_power_of_two
 
 RIVALS = 16  # blocks compared against all others in one step
