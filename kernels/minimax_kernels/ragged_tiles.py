@@ -45,14 +45,18 @@ def locate_tile(
     if tile == 1 and num_requests == 1:  # nothing to search
         request = (tile_id >= starts_ref[1]).astype(jnp.int32)
         return Tile(request, tile_id, jnp.int32(1), kv_lens_ref[0] - starts_ref[1] + tile_id)
-    ids = jnp.arange(next_power_of_two(num_requests + 1), dtype=jnp.int32)
-    begins = starts_ref[jnp.minimum(ids, num_requests)]
-    ends = starts_ref[jnp.minimum(ids + 1, num_requests)]
-    ends = jnp.where(ids == num_requests, num_tokens, ends)
+    if tile == 1 and num_tokens == num_requests:  # decode: row r is mostly that of request r
+        begin, end = starts_ref[tile_id], starts_ref[tile_id + 1]
+        likely = tile_id, kv_lens_ref[tile_id] - end + tile_id  # loaded beside them, not after them
+        is_likely = (begin == tile_id) & (end == tile_id + 1)
+        request, position = lax.cond(
+            is_likely, lambda: likely, lambda: _search_row(starts_ref, kv_lens_ref, tile_id, num_requests, num_tokens)
+        )
+        return Tile(request, tile_id, jnp.int32(1), position)
     if tile == 1:  # the tile is the row: what depends on the row alone need not wait for the search
-        request = jnp.minimum(jnp.sum(ends <= tile_id, dtype=jnp.int32), num_requests)
-        known = jnp.minimum(request, num_requests - 1)
-        return Tile(request, tile_id, jnp.int32(1), kv_lens_ref[known] - starts_ref[known + 1] + tile_id)
+        request, position = _search_row(starts_ref, kv_lens_ref, tile_id, num_requests, num_tokens)
+        return Tile(request, tile_id, jnp.int32(1), position)
+    begins, ends, ids = _bounds(starts_ref, num_requests, num_tokens)
     tiles_of = lax.shift_right_arithmetic(ends - begins + (tile - 1), shift)
     tile_ends = jnp.cumsum(tiles_of, dtype=jnp.int32)
     before = tile_ends <= tile_id
@@ -63,3 +67,21 @@ def locate_tile(
     count = jnp.clip(end - begin - offset, 0, tile)
     past = kv_lens_ref[jnp.minimum(request, num_requests - 1)] - (end - begin)
     return Tile(request, begin + offset, count, past + offset)
+
+
+def _bounds(starts_ref: Any, num_requests: int, num_tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(first rows, rows past the last, ids) of the requests and of the padding rows, padded to a power of two."""
+    ids = jnp.arange(next_power_of_two(num_requests + 1), dtype=jnp.int32)
+    begins = starts_ref[jnp.minimum(ids, num_requests)]
+    ends = starts_ref[jnp.minimum(ids + 1, num_requests)]
+    return begins, jnp.where(ids == num_requests, num_tokens, ends), ids
+
+
+def _search_row(
+    starts_ref: Any, kv_lens_ref: Any, row: jax.Array, num_requests: int, num_tokens: int
+) -> tuple[jax.Array, jax.Array]:
+    """(request, position) of a row."""
+    _, ends, _ = _bounds(starts_ref, num_requests, num_tokens)
+    request = jnp.minimum(jnp.sum(ends <= row, dtype=jnp.int32), num_requests)
+    known = jnp.minimum(request, num_requests - 1)
+    return request, kv_lens_ref[known] - starts_ref[known + 1] + row

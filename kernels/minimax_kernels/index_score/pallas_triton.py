@@ -67,7 +67,7 @@ def score_and_clear(
     sizes: dict[str, Any] = {
         "num_requests": num_requests, "num_tokens": num_tokens, "num_heads": num_heads, "num_blocks": num_blocks,
         "block_size": block_size, "tile": tile, "blocks_per_program": launch.blocks_per_program,
-        "rows": rows, "keys_first": few, "num_counters": num_counters,
+        "rows": rows, "keys_first": launch.keys_first, "num_counters": num_counters,
     }  # fmt: skip
     out_shapes = [jax.ShapeDtypeStruct((num_heads, num_tokens, num_blocks), jnp.float32)]
     if num_counters:
@@ -91,6 +91,10 @@ def _score_kernel(
     at = locate_tile(
         starts_ref, kv_lens_ref, pl.program_id(0), tile=tile, num_tokens=num_tokens, num_requests=num_requests
     )
+    begin = pl.program_id(1) * blocks_per_program
+    if tile == 1:  # loaded before the request is known for sure
+        likely = jnp.minimum(pl.program_id(0), num_requests - 1)
+        likely_page = tables_ref[likely, begin]
     head_shift = num_heads.bit_length() - 1
     row = jnp.arange(rows, dtype=jnp.int32)
     token, head = lax.shift_right_logical(row, head_shift), row & (num_heads - 1)
@@ -118,7 +122,6 @@ def _score_kernel(
 
     is_padding = at.request == num_requests
     request = jnp.minimum(at.request, num_requests - 1)
-    begin = pl.program_id(1) * blocks_per_program
     stop = jnp.where(at.num_rows > 0, jnp.minimum(begin + blocks_per_program, num_blocks), begin)
     block_shift = block_size.bit_length() - 1
     # blocks that all rows see whole, then those that some row sees in part, then those that none sees
@@ -149,13 +152,22 @@ def _score_kernel(
     def page_of(block):
         return tables_ref[request, jnp.minimum(block, num_blocks - 1)]
 
+    def first_page():
+        if tile > 1:
+            return page_of(begin)
+        return lax.cond(at.request == likely, lambda: likely_page, lambda: page_of(begin))
+
     def step(block, page, masked):
         following = page_of(block + 1)  # a step ahead of its use, so that the load of the keys does not wait for it
         score(block, page, masked)
         return following
 
-    page = lax.fori_loop(begin, whole_stop, functools.partial(step, masked=False), page_of(begin))
-    lax.fori_loop(whole_stop, some_stop, functools.partial(step, masked=True), page)
+    page = first_page()
+    if rows > 16:
+        page = lax.fori_loop(begin, whole_stop, functools.partial(step, masked=False), page)
+        lax.fori_loop(whole_stop, some_stop, functools.partial(step, masked=True), page)
+    else:  # what a mask costs is nothing beside the read of the keys; a second loop takes registers
+        lax.fori_loop(begin, some_stop, functools.partial(step, masked=True), page)
 
     def fill(block, carry):
         store(block, jnp.full((rows,), -jnp.inf, jnp.float32))
