@@ -20,7 +20,7 @@ from benchmarks.cases import BLOCK, HEADS, TOPK, Case, Heads
 from benchmarks.machine import describe_machine
 from benchmarks.ops import SCALE
 from minimax_kernels import FP8, measured_launches
-from minimax_kernels.launch_table import AttendLaunch, PageLaunch
+from minimax_kernels.launch_table import AttendLaunch, page_launch
 from minimax_kernels.paged_softmax import Selection, attend_pages
 from minimax_kernels.sparse_attention.by_page import attend_by_page
 from minimax_kernels.triton_call import Launch, next_power_of_two
@@ -30,7 +30,6 @@ FEW_TOKENS = (32, 128, 512)
 MANY_TOKENS = (512, 2048, 8192)
 CONTEXT = 32_768
 MOST_CACHED = 1 << 21  # tokens of context in all: caches of 8 bits stay below the 2 GiB that kernels take
-PAGE_WORKSPACE = 1 << 30
 TABLE = Path("kernels/minimax_kernels/measured_launches.py")
 Tables = dict[str, dict[tuple[int, int], tuple[int, ...]]]
 TABLES = {
@@ -218,8 +217,10 @@ def _run_list(candidate, shape: Shape, interpret: bool, q, k_cache, v_cache, sel
 
 def _run_page(candidate, shape: Shape, interpret: bool, q, k_cache, v_cache, selected, batch, out):
     tiles, warps = candidate
-    rows = shape.heads.q // shape.heads.kv
-    launch = PageLaunch(64, 64 // rows * tiles, PAGE_WORKSPACE, Launch(warps, 1))
+    heads = shape.heads
+    rows = heads.q // heads.kv
+    formula = page_launch(q.shape[0], rows, heads.kv, TOPK)
+    launch = dataclasses.replace(formula, pairs_per_program=64 // rows * tiles, launch=Launch(warps, 1))
     return attend_by_page(
         q, k_cache, v_cache, selected, batch, scale=SCALE, out=out, launch=launch, interpret=interpret
     )

@@ -56,7 +56,8 @@ def merge_last_program(result, lse, refs, place, splits: int, write, *, interpre
 
 def merge_partials(
     partial: Float[Array, "T S J G D"],
-    lse: Float[Array, "T S J G"],
+    top: Float[Array, "T S J G"],
+    total: Float[Array, "T S J G"],
     selected: Int[Array, "S T J"] | None,
     query_starts: Int[Array, "R+1"],
     *,
@@ -65,11 +66,12 @@ def merge_partials(
     interpret: bool,
     first_token: int = 0,
 ) -> Float[Array, "T S*G D"]:
-    """Weighs J partial results by 2 ** lse.
+    """The sum of J partial results times 2 ** top, divided by the sum of their totals times 2 ** top.
 
     Args:
-      partial: results of softmax over one part of the keys each, for S groups of G query heads.
-      lse: base-2 logarithm of each part's sum of exponentials; -inf for a part without keys.
+      partial: values weighed by 2 ** (score - top), over one part of the keys each, for S groups of G query heads.
+      top: what each part's scores were reduced by; -inf for a part without keys.
+      total: the sum of each part's weights.
       selected: parts with a negative entry were never written and are not read; None if all were.
       query_starts: rows from its last entry on are padding: zeros, or left alone where `out` is given.
       out: buffer that the result is written into.
@@ -82,7 +84,7 @@ def merge_partials(
         _merge_kernel, parts=parts, rows=rows, step=step, fresh=out is None, has_selected=selected is not None,
         first_token=first_token,
     )  # fmt: skip
-    args = [partial, lse, query_starts]
+    args = [partial, top, total, query_starts]
     if selected is not None:
         args.append(selected)
     aliases = None
@@ -103,7 +105,9 @@ def merge_partials(
     )
 
 
-def _merge_kernel(partial_ref, lse_ref, starts_ref, *refs, parts, rows, step, fresh, has_selected, first_token):
+def _merge_kernel(
+    partial_ref, top_ref, total_ref, starts_ref, *refs, parts, rows, step, fresh, has_selected, first_token
+):
     out_ref = refs[-1]
     token, group = pl.program_id(0), pl.program_id(1)
     width, lanes, head_dim = next_power_of_two(parts), next_power_of_two(step), partial_ref.shape[4]
@@ -117,14 +121,15 @@ def _merge_kernel(partial_ref, lse_ref, starts_ref, *refs, parts, rows, step, fr
     row_at = jnp.minimum(row, rows - 1)
     if has_selected:
         written &= refs[0][group, token + first_token, part_at] >= 0
-    lse = plgpu.load(
-        lse_ref.at[token, group, part_at[:, None], row_at[None, :]],
-        mask=jnp.broadcast_to(written[:, None], (width, lanes)),
-        other=-jnp.inf,
-    )
-    top = jnp.max(lse, axis=0)
-    weights = jnp.exp2(lse - jnp.where(top == -jnp.inf, 0.0, top)[None, :])
-    total = jnp.sum(weights, axis=0)
+
+    def read(ref, other):
+        at = ref.at[token, group, part_at[:, None], row_at[None, :]]
+        return plgpu.load(at, mask=jnp.broadcast_to(written[:, None], (width, lanes)), other=other)
+
+    tops, totals = read(top_ref, -jnp.inf), read(total_ref, 0.0)
+    top = jnp.max(tops, axis=0)
+    weights = jnp.exp2(tops - jnp.where(top == -jnp.inf, 0.0, top)[None, :])
+    total = jnp.sum(weights * totals, axis=0)
     weights = weights / jnp.where(total == 0, 1.0, total)[None, :]
     values = plgpu.load(
         partial_ref.at[token, group, part_at[:, None, None], row_at[None, :, None], channel[None, None, :]],

@@ -26,7 +26,8 @@ from op_checks import (
 )
 
 import minimax_kernels as mk
-from minimax_kernels.launch_table import MOST_RANKED_BLOCKS, SELECT_CHUNK, PageLaunch
+from minimax_kernels.launch_table import MOST_RANKED_BLOCKS, PageLaunch
+from minimax_kernels.select_blocks.maxima import MOST_HELD
 from minimax_kernels.sparse_attention.by_page import sort_pairs
 from minimax_kernels.sparse_attention.pallas_triton import sparse_attention
 from minimax_kernels.triton_call import Launch
@@ -96,6 +97,17 @@ def by_page(name: str):
 def test_sparse_attention_page_by_page(name, options, data):
     """The kernel of long prefills, which small batches would not reach: runs that cross programs, windows, chunks."""
     check_sparse_attention(data.draw(samples(SHAPES[name])), data.draw(st.integers(0, 1000)), run=by_page(options))
+
+
+def test_partial_results_page_by_page_fit_float16():
+    """A sum over a page of equal keys is 16 times its values: beyond float16 where it is stored before the division."""
+    s = fixed_sample(SHAPES["prefill of one"])
+    q, keys = (jnp.zeros_like(x, jnp.float16) for x in (s.q, s.k_cache))
+    values = jnp.full_like(keys, 30_000.0)
+    selected = jnp.where(jnp.asarray(s.live)[None, :, None], 0, -1) * jnp.ones((1, 1, 3), jnp.int32)
+    selected = selected.at[..., 1:].set(-1)
+    result = by_page("one chunk")(q, keys, values, selected, s.batch, out=None)
+    np.testing.assert_array_equal(result[s.live], jnp.full_like(q, 30_000.0)[s.live])
 
 
 @pytest.mark.parametrize(("blocks", "dtype"), [(65535, np.uint16), (65536, np.int32)])
@@ -182,13 +194,14 @@ def test_repeats_are_equal_bit_for_bit():
     np.testing.assert_array_equal(*(np.asarray(run(*args)).view(np.uint32) for _ in range(2)))
 
 
-@pytest.mark.parametrize("width", [1, 2, 17, 300, 2 * SELECT_CHUNK + 50])
-@pytest.mark.parametrize("kind", ["ties", "NaN and inf", "rising"])
+@pytest.mark.parametrize("width", [1, 2, 17, 300, 2 * MOST_HELD + 50])
+@pytest.mark.parametrize("kind", ["without order", "ties", "NaN and inf", "rising"])
 def test_selection_of_many_blocks(width, kind):
-    """One chunk and several; NaN ranks highest, of equal scores the lower block wins."""
+    """One chunk and several; NaN ranks highest, of equal scores the lower block wins; many ties fill no cells."""
     random = np.random.default_rng(width)
-    rows, topk = 6, 5
+    rows, topk = 6, 16 if kind == "without order" else 5
     scores = {
+        "without order": random.standard_normal((2, rows, width)),
         "ties": random.integers(-2, 3, (2, rows, width)),
         "NaN and inf": random.choice([np.nan, np.inf, 1.0, 2.0], (2, rows, width)),
         "rising": np.broadcast_to(np.arange(width), (2, rows, width)),

@@ -2,7 +2,8 @@
 
 The pairs (query, selected block) are sorted by block, so that a program finds runs of queries that want the same page.
 It loads the page's keys and values once, then gathers the queries of the run in tiles of 64 or 128 rows (a query
-brings all heads of its group), and writes one normalised partial result and its logarithm of the sum a pair.
+brings all heads of its group), and writes one partial result a pair, and its weight: what it was scaled by, and the sum
+that divides it.
 `merge_partials` joins the topk partial results of a query. However little the selections of neighbours overlap, the
 matrix instructions are full, and a page is read T * topk / (number of pages) times less often than query by query.
 
@@ -62,13 +63,14 @@ def attend_by_page(
     for first in range(0, num_tokens, chunk):
         tokens = min(chunk, num_tokens - first)
         window = slice(first, first + tokens)
-        partial, lse = _attend_chunk(
+        partial, top, total = _attend_chunk(
             q, k_cache, v_cache, selected[:, window], batch, request[window], live[window], scale=scale,
             first_token=first, launch=launch, interpret=interpret,
         )  # fmt: skip
         out = merge_partials(
-            partial, lse, selected, batch.query_starts, out=out, dtype=q.dtype, interpret=interpret, first_token=first
-        )
+            partial, top, total, selected, batch.query_starts, out=out, dtype=q.dtype, interpret=interpret,
+            first_token=first,
+        )  # fmt: skip
     assert out is not None
     return out
 
@@ -131,7 +133,7 @@ def _attend_chunk(
         (q, k_cache, v_cache, batch.block_tables, batch.query_starts, batch.kv_lens, keys, pairs),
         (
             jax.ShapeDtypeStruct((tokens, groups, topk, rows_per_token, head_dim), q.dtype),
-            jax.ShapeDtypeStruct((tokens, groups, topk, rows_per_token), jnp.float32),
+            *(jax.ShapeDtypeStruct((tokens, groups, topk, rows_per_token), jnp.float32),) * 2,
         ),
         grid=(ceil_div(num_pairs, per_program),),
         launch=launch.launch,
@@ -141,7 +143,7 @@ def _attend_chunk(
 
 
 def _attend_kernel(
-    q_ref, k_ref, v_ref, tables_ref, starts_ref, kv_lens_ref, keys_ref, pairs_ref, partial_ref, lse_ref,
+    q_ref, k_ref, v_ref, tables_ref, starts_ref, kv_lens_ref, keys_ref, pairs_ref, partial_ref, top_ref, total_ref,
     *, num_pairs, num_requests, num_blocks, topk, tokens, rows_per_token, groups, kv_share, block_size, per_program,
     rows, scale, first_token, interpret,
 ):  # fmt: skip
@@ -211,15 +213,18 @@ def _attend_kernel(
             attended = lax.dot_general(
                 weights.astype(values.dtype), values, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
             )
-            safe_total = jnp.where(total == 0, 1.0, total)
+            if partial_ref.dtype == jnp.float16:  # sums of values need not fit it
+                safe_total = jnp.where(total == 0, 1.0, total)
+                attended *= (1.0 / safe_total)[:, None]
+                top, total = top + jnp.log2(safe_total), jnp.where(total == 0, 0.0, 1.0)
             to_token = jnp.where(live, token, tokens)  # out of range where nothing is written
             plgpu.store(
                 partial_ref.at[to_token[:, None], group, choice[:, None], head[:, None], channel[None, :]],
-                (attended * (1.0 / safe_total)[:, None]).astype(partial_ref.dtype),
+                attended.astype(partial_ref.dtype),
                 mask=jnp.broadcast_to(live[:, None], (rows, head_dim)),
             )
-            lse = jnp.where(total == 0, -jnp.inf, top + jnp.log2(safe_total))
-            plgpu.store(lse_ref.at[to_token, group, choice, head], lse, mask=live)
+            plgpu.store(top_ref.at[to_token, group, choice, head], top, mask=live)
+            plgpu.store(total_ref.at[to_token, group, choice, head], total, mask=live)
             return following
 
         pair, next_pair = pair_at(query), pair_at(queries + query)
