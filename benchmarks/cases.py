@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 DATA = Path(__file__).parent / "data"
-BASELINE_FILE = "vllm_0.33_triton_h100.jsonl"
+BASELINE_FILES = {gpu: f"vllm_0.33_triton_{gpu.lower()}.jsonl" for gpu in ("H100", "H200")}
 BLOCK = 128
 HEAD_DIM = 128
 TOPK = 16
@@ -99,10 +99,15 @@ def decode_cases(query_len: int = 1) -> tuple[Case, ...]:
     return tuple(sorted(cases, key=lambda case: -case.weight))
 
 
+def baseline_file(device: str) -> Path:
+    """vLLM's times on a GPU of this name; those of an H100 where there are none."""
+    return DATA / next((file for gpu, file in BASELINE_FILES.items() if gpu in device), BASELINE_FILES["H100"])
+
+
 class Baselines:
     """vLLM's times, from a file that scripts/bench_vllm.py writes."""
 
-    def __init__(self, path: Path = DATA / BASELINE_FILE):
+    def __init__(self, path: Path):
         """Raises ValueError or OSError where the file is not one."""
         self.name = path.name
         try:

@@ -28,6 +28,7 @@ BURST = 8
 CALLS_SECONDS = 1e-3  # what one executable should take
 SHORT_SECONDS = 100e-6  # shorter calls repeat in a loop on the device
 MOST_CALLS_A_ROUND = 32
+LEAST_CALLS_A_ROUND = 8  # a round itself takes some microseconds
 ROUNDS_SECONDS = 4e-3  # what such a loop should take
 GRAPH_COMMANDS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION"
 
@@ -54,12 +55,12 @@ def calls_for(expected_seconds: float) -> int:
     return max(1, min(MOST_CALLS, round(CALLS_SECONDS / expected_seconds)))
 
 
-def calls_and_rounds(expected_seconds: float, sets: int) -> tuple[int, int]:
+def calls_and_rounds(expected_seconds: float, sets: int, short: float = SHORT_SECONDS) -> tuple[int, int]:
     """(calls in one executable, times that it goes through them): a round of short calls takes in most input sets."""
     calls = calls_for(expected_seconds)
-    if expected_seconds >= SHORT_SECONDS:
+    if expected_seconds >= short:
         return calls, 1
-    calls = max(calls, min(sets, MOST_CALLS_A_ROUND))
+    calls = max(calls, min(sets, MOST_CALLS_A_ROUND), LEAST_CALLS_A_ROUND)
     return calls, max(1, round(ROUNDS_SECONDS / expected_seconds / calls))
 
 

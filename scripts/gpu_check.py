@@ -26,7 +26,7 @@ import jax  # noqa: E402
 
 from benchmarks.bench_run import run_bench  # noqa: E402
 from benchmarks.case_arguments import add_case_arguments, select_jobs  # noqa: E402
-from benchmarks.cases import BASELINE_FILE, DATA, DECODE_OPS, PREFILL_OPS, Baselines  # noqa: E402
+from benchmarks.cases import DECODE_OPS, PREFILL_OPS, Baselines, baseline_file  # noqa: E402
 from benchmarks.parity.run import OPS, run_parity  # noqa: E402
 from minimax_kernels import FP8  # noqa: E402
 
@@ -62,8 +62,7 @@ def arguments() -> argparse.Namespace:
     bench.add_argument(
         "--baseline",
         type=_baselines,
-        default=str(DATA / BASELINE_FILE),
-        help=f"vLLM's times, as scripts/bench_vllm.py writes them (default: {BASELINE_FILE}, of an H100)",
+        help="vLLM's times, as scripts/bench_vllm.py writes them (default: on this GPU, or else on an H100)",
     )
     bench.add_argument("--hot", action="store_true", help="one set of inputs, as found in L2")
     return parser.parse_args()
@@ -102,7 +101,8 @@ def bench(args: argparse.Namespace, deadline: float) -> tuple[bool, str]:
         cache_dtypes=("bfloat16", FP8) if args.cache_dtype == "fp8" else ("bfloat16",),
     )
     say(f"benchmark of {args.impl}: {len(jobs)} cases")
-    return run_bench(jobs, args.impl, args.baseline, args.out, deadline, say, rotate=not args.hot)
+    baselines = args.baseline or Baselines(baseline_file(jax.devices()[0].device_kind))
+    return run_bench(jobs, args.impl, baselines, args.out, deadline, say, rotate=not args.hot)
 
 
 def main() -> int:

@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 
 from benchmarks import case_data, floors, measure, summary, timing
-from benchmarks.cases import BLOCK, DECODE_OPS, HEADS, PREFILL_OPS, TOPK, Baselines, Case, decode_cases, prefill_cases
+from benchmarks.cases import (
+    BLOCK,
+    DECODE_OPS,
+    HEADS,
+    PREFILL_OPS,
+    TOPK,
+    Baselines,
+    Case,
+    baseline_file,
+    decode_cases,
+    prefill_cases,
+)
 from minimax_jax.rank_slice.ceilings import Ceilings
 
 CASE = Case("prefill", "x", 3, (130, 1, 70), (5 * BLOCK, 0, 20 * BLOCK - 3))
@@ -37,8 +48,11 @@ def test_floors_of_decode_are_bytes_over_bandwidth():
     assert 1e6 * floors.floor_seconds("attention", case, HEADS[1], CEILINGS, cached=1) == pytest.approx(45.4, abs=0.2)
 
 
-def test_every_case_has_its_baseline():
-    baseline = Baselines().of
+@pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "cpu"])
+def test_every_case_has_its_baseline(device):
+    baselines = Baselines(baseline_file(device))
+    assert baselines.name == f"vllm_0.33_triton_{'h200' if 'H200' in device else 'h100'}.jsonl"
+    baseline = baselines.of
     for tp in HEADS:
         for rho in (0.0, 0.99):
             assert all({*PREFILL_OPS, "union8"} == set(baseline(c, HEADS[tp], rho)) for c in prefill_cases())
