@@ -180,8 +180,9 @@ class _Plan:
         case, heads = self.job.case, self.job.heads
         known = self.baselines.of(case, heads, self.job.rhos[0]).get(op)
         args, out = ops.shapes_of(op, case, heads, self.pages, self.job.cache_dtype)
-        # all of decode can be in one CUDA graph; prefill sorts with CUB, which none takes
-        short = GRAPH_SECONDS if case.phase == "decode" else timing.SHORT_SECONDS
+        # attention of prefill sorts with CUB, which no CUDA graph takes; all else can be in one
+        sorts = case.phase == "prefill" and op in ("attention", "chain")
+        short = timing.SHORT_SECONDS if sorts else GRAPH_SECONDS
         calls, rounds = timing.calls_and_rounds((known or 1000) * 1e-6, self.sets, short)
         self.calls[op], self.rounds[op] = calls, rounds
         try:
