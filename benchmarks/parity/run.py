@@ -52,24 +52,30 @@ def run_parity(
     if cache_dtype is not None:
         todo = [case for case in todo if (case.shape.cache_dtype or case.shape.dtype) == cache_dtype]
     say(f"parity of {impl}: {len(todo)} cases x {len(ops)} operations")
-    results, left = _check_cases(todo, impl, ops, deadline, say, workers)
+    out.mkdir(parents=True, exist_ok=True)
+    machine, results, left = describe_machine(), list[Result](), list[str]()
+
+    def write() -> None:
+        """After every case: what was checked is kept, however the run ends."""
+        record = {
+            "machine": machine,
+            "impl": impl,
+            "results": [dataclasses.asdict(result) for result in results],
+            "left_out": left,
+        }
+        (out / "parity.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    _check_cases(todo, impl, ops, deadline, say, workers, results, left, write)
     if "select_blocks" in ops and cache_dtype is None:
         results += wide_selection.check(impl, small or quick)
+        write()
         say("selection of up to 16384 blocks: done")
     if not small and not quick and cache_dtype is None:
         if time.monotonic() < deadline:
             results += big_caches.check(impl, ops, say)
         else:
             left.append("caches beyond 2 and 4 GiB")
-    machine = describe_machine()
-    record = {
-        "machine": machine,
-        "impl": impl,
-        "results": [dataclasses.asdict(result) for result in results],
-        "left_out": left,
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "parity.json").write_text(json.dumps(record, indent=1) + "\n")
+    write()
     return all(result.status != "FAILED" for result in results), _table(results, left, machine)
 
 
@@ -80,9 +86,11 @@ def _check_cases(
     deadline: float,
     say: Callable[[str], None],
     workers: int | None,
-) -> tuple[list[Result], list[str]]:
-    results: list[Result] = []
-    left: list[str] = []
+    results: list[Result],
+    left: list[str],
+    write: Callable[[], None],
+) -> None:
+    """Appends to `results`, and to `left` what was left out; writes after every case."""
 
     def check(case: ParityCase) -> list[Result] | None:
         if time.monotonic() > deadline:
@@ -98,13 +106,13 @@ def _check_cases(
                 left.append(str(running[task]))
                 continue
             results += found
+            write()
             counts = Counter(result.status for result in found)
             say(f"{done}/{len(todo)} {running[task]}: " + ", ".join(f"{n} {status}" for status, n in counts.items()))
             for result in found:
                 if result.status == "FAILED":
                     say(f"  FAILED {result.op}: {result.check}: {result.detail[:300]}")
     jax.clear_caches()
-    return results, left
 
 
 def _table(results: Sequence[Result], left: Sequence[str], machine: dict[str, str]) -> str:
