@@ -1,4 +1,4 @@
-"""Launch parameters by shape, from what was measured on an H100: a table (scripts/tune.py), formulas beside it."""
+"""Launch parameters by shape, measured on an H100 and an H200: a table (scripts/tune.py), formulas beside it."""
 
 from __future__ import annotations
 
@@ -138,7 +138,8 @@ class PageLaunch:
 def page_launch(num_tokens: int, rows_per_token: int, groups: int, topk: int) -> PageLaunch:
     """Tiles of 64 rows; programs of several tiles where there are enough of them.
 
-    A window is as many tokens as have 64 MB of queries, about what the second-level cache keeps.
+    A window is as many tokens as have 64 MB of queries, about what the second-level cache keeps. Partial results take
+    2 GiB at most.
     """
     queries = max(64 // rows_per_token, 1)
     tiles = ceil_div(num_tokens * topk * groups, queries)

@@ -1,8 +1,8 @@
 """Block scores of the index branch: two Pallas kernels, one for many query rows and one for few.
 
 Many rows (prefill): 128 rows of queries are multiplied with one page of keys at a time; a row is a token and an
-index head, so all heads share the read of the keys. Few rows (decode, verification of drafts): the keys stand
-on the M side of the matrix instruction, 128 of them, and the rows of one request on its N side.
+index head, so all heads share the read of the keys. Few rows (decode, verification of drafts): up to 16 of one request
+on the M side of the matrix instruction; of more, and over keys of 8 bits, the 128 keys of a page stand there.
 Both are split over the keys: each program scores a range of blocks, and nothing is left to merge.
 """
 
