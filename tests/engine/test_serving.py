@@ -55,7 +55,7 @@ async def serve(llm, requests, cancelled, random):
 
 
 @pytest.mark.parametrize(
-    ("count", "reuse", "steps"), [(24, True, 4), pytest.param(16, False, 1, marks=LONG),
+    ("count", "reuse", "steps"), [(16, True, 4), pytest.param(16, False, 1, marks=LONG),
                                   pytest.param(200, True, 1, marks=LONG), pytest.param(200, True, 4, marks=LONG)],
 )  # fmt: skip
 def test_requests_that_come_and_go_give_the_tokens_that_each_gives_alone(model, alone, count, reuse, steps):
