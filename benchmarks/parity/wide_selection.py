@@ -11,7 +11,8 @@ from benchmarks.parity.checks import jitted
 from benchmarks.parity.compare import Mismatch, Result, require
 
 WIDTHS = (1, 2, 15, 16, 17, 31, 128, 129, 500, 1024, 4097, 16384)
-OPTIONS = ((16, 0, 1), (8, 1, 2), (32, 0, 0))  # topk, init, local
+OPTIONS = ((16, 0, 1), (8, 1, 2), (32, 0, 0), (1, 0, 1), (64, 1, 2))  # topk, init, local
+FEW_ROWS, MANY_ROWS = 33, 280  # a head; of two heads the latter are more than take four warps each
 KINDS = ("random", "ties", "one value", "rising", "falling", "with NaN and inf")
 
 
@@ -19,11 +20,12 @@ def check(impl: str, few: bool) -> list[Result]:
     """Every width, option and kind of scores; `few` takes fewer widths."""
     results = []
     for width in (1, 17, 128, 500) if few else WIDTHS:
+        rows = FEW_ROWS if few or width > 4097 else MANY_ROWS
         for topk, init, local in OPTIONS[:1] if few else OPTIONS:
             for kind in KINDS:
                 name = f"{width} blocks top{topk} init{init} local{local}"
                 try:
-                    _check_one(impl, width, topk, init, local, kind)
+                    _check_one(impl, width, topk, init, local, kind, rows)
                     results.append(Result("select_blocks", name, kind, "ok"))
                 except Mismatch as mismatch:
                     results.append(Result("select_blocks", name, kind, "FAILED", str(mismatch)))
@@ -35,9 +37,9 @@ def check(impl: str, few: bool) -> list[Result]:
     return results
 
 
-def _check_one(impl: str, width: int, topk: int, init: int, local: int, kind: str) -> None:
+def _check_one(impl: str, width: int, topk: int, init: int, local: int, kind: str, rows: int) -> None:
     random = np.random.default_rng(width)
-    heads, rows, padding = 2, 33, 3
+    heads, padding = 2, 3
     scores = {
         "random": lambda size: random.standard_normal(size, np.float32),
         "ties": lambda size: random.integers(-2, 2, size),

@@ -27,7 +27,8 @@ from op_checks import (
 
 import minimax_kernels as mk
 from minimax_kernels.launch_table import MOST_RANKED_BLOCKS, PageLaunch
-from minimax_kernels.select_blocks.maxima import MOST_HELD
+from minimax_kernels.select_blocks import pallas_triton as select_blocks
+from minimax_kernels.select_blocks.maxima import HELD_BY_PROGRAM
 from minimax_kernels.sparse_attention.by_page import sort_pairs
 from minimax_kernels.sparse_attention.pallas_triton import sparse_attention
 from minimax_kernels.triton_call import Launch
@@ -194,7 +195,7 @@ def test_repeats_are_equal_bit_for_bit():
     np.testing.assert_array_equal(*(np.asarray(run(*args)).view(np.uint32) for _ in range(2)))
 
 
-@pytest.mark.parametrize("width", [1, 2, 17, 300, 2 * MOST_HELD + 50])
+@pytest.mark.parametrize("width", [1, 2, 17, 300, 2 * HELD_BY_PROGRAM + 50])
 @pytest.mark.parametrize("kind", ["without order", "ties", "NaN and inf", "rising"])
 def test_selection_of_many_blocks(width, kind):
     """One chunk and several; NaN ranks highest, of equal scores the lower block wins; many ties fill no cells."""
@@ -216,6 +217,40 @@ def test_selection_of_many_blocks(width, kind):
     )
     np.testing.assert_array_equal(np.sort(selected), np.sort(expected))
     np.testing.assert_array_equal(selected >= 0, expected >= 0)  # valid ids first
+
+
+@pytest.mark.parametrize(("topk", "init", "local"), [(1, 0, 1), (1, 1, 0), (2, 1, 1), (16, 1, 2)])
+def test_selection_where_forced_blocks_are_nan(topk, init, local):
+    """A forced block counts as one whatever its score; with topk 1 a NaN there once hid all that there was."""
+    random = np.random.default_rng(topk)
+    scores = random.standard_normal((1, 5, 40)).astype(np.float32)
+    for row, blocks in enumerate([[39], [0], [0, 39], [5, 20, 39]]):
+        scores[0, row, blocks] = np.nan
+    scores[0, 4, [0, 39, 7]] = np.nan, np.nan, np.inf
+    assert_selection_of_reference(scores, topk, init, local)
+
+
+@pytest.mark.parametrize(("width", "warps"), [(40, 1), (2 * HELD_BY_PROGRAM + 50, 1), (2 * HELD_BY_PROGRAM + 50, 4)])
+@pytest.mark.parametrize("kind", ["without order", "ties"])
+def test_selection_beyond_scores_of_minus_infinity(width, warps, kind, monkeypatch):
+    """Such a block is not visible, and those behind it are: in three chunks of one warp, in one of four."""
+    monkeypatch.setattr(select_blocks, "select_launch", lambda *_: Launch(warps, 1))
+    random = np.random.default_rng(width)
+    scores = random.standard_normal((1, 4, width)) if kind == "without order" else random.integers(-2, 3, (1, 4, width))
+    scores = scores.astype(np.float32)
+    scores[0, 0, : width - 9] = scores[0, 1, 5:-3] = scores[0, 2, 1::2] = scores[0, 3, : width * 2 // 3] = -np.inf
+    assert_selection_of_reference(scores, 5, 1, 1)
+
+
+def assert_selection_of_reference(scores, topk: int, init: int, local: int) -> None:
+    """Each row is a request of its own, as long as there are scores."""
+    rows, width = scores.shape[1:]
+    batch = mk.Batch(jnp.zeros((rows, width), jnp.int32), jnp.arange(rows + 1), jnp.full((rows,), width * 16))
+    options = {"topk": topk, "init_blocks": init, "local_blocks": local}
+    # not through `jitted`, which would hold on to launches that a test sets
+    selected = jax.jit(functools.partial(select_blocks.select_blocks, interpret=True, **options))(scores, batch)
+    expected = jitted("select_blocks", impl="reference", **options)(scores, batch)
+    np.testing.assert_array_equal(np.sort(selected), np.sort(expected))
 
 
 # ---- writes

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from minimax_kernels.select_blocks.sortable import FORCED, HIDDEN, sortable
 from minimax_kernels.triton_call import ceil_div, next_power_of_two
 
-MOST_HELD = 32  # scores that a thread holds at a time
+HELD_BY_THREAD = 32  # scores at a time, at most
 RIVALS = 8  # candidates that all others are compared with in one step
 
 
@@ -55,7 +55,7 @@ def choose_candidates(
     """
     head, row = place
     groups = num_cells(topk)
-    rows = min(next_power_of_two(ceil_div(num_blocks, groups)), MOST_HELD * num_warps * 32 // groups)
+    rows = min(next_power_of_two(ceil_div(num_blocks, groups)), HELD_BY_THREAD * num_warps * 32 // groups)
     chunk, chunks = rows * groups, ceil_div(num_blocks, rows * groups)
     shape = (rows, groups)
     offset = lax.broadcasted_iota(jnp.int32, shape, 0) * groups + lax.broadcasted_iota(jnp.int32, shape, 1)
@@ -63,16 +63,17 @@ def choose_candidates(
     def keys_of(i):
         return sortable(load(i * chunk + offset))  # what is not visible has the score -inf
 
-    def survey(keys, most, visible):
+    def survey(i, keys, state):
+        most, visible, stop = state
         seen = jnp.sum((keys != HIDDEN).astype(jnp.int32), axis=0)
-        return jnp.maximum(most, jnp.max(keys, axis=0)), visible + seen
+        return jnp.maximum(most, jnp.max(keys, axis=0)), visible + seen, jnp.where(seen > 0, i + 1, stop)
 
-    state = (jnp.full((groups,), HIDDEN, jnp.int32), jnp.zeros((groups,), jnp.int32))
+    nothing = jnp.zeros((groups,), jnp.int32)
     first = keys_of(0)  # stays in registers
-    state = survey(first, *state)
+    state = survey(0, first, (jnp.full((groups,), HIDDEN, jnp.int32), nothing, nothing))
     if chunks > 1:
-        state = lax.fori_loop(1, chunks, lambda i, state: survey(keys_of(i), *state), state)
-    most, visible = state
+        state = lax.fori_loop(1, chunks, lambda i, state: survey(i, keys_of(i), state), state)
+    most, visible, stop = state
     own = jnp.sum(visible, dtype=jnp.int32) - 1
 
     def lower(_, state):
@@ -81,7 +82,7 @@ def choose_candidates(
         return jnp.where(most == top, HIDDEN, most), top  # equal maxima go together: the bound is lower then
 
     _, bound = lax.fori_loop(0, topk, lower, (most, jnp.int32(HIDDEN)))
-    bound = jnp.maximum(bound, HIDDEN + 1)
+    bound = jnp.clip(bound, HIDDEN + 1, FORCED)  # a NaN may be a forced block's, whose key is lower
 
     def gather(i, keys, count):
         block = i * chunk + offset
@@ -89,14 +90,14 @@ def choose_candidates(
         if init_blocks:
             forced |= block < init_blocks
         keys = jnp.where(forced & (keys != HIDDEN), FORCED, keys)
-        reaches = keys >= bound  # so do forced ones, but where topk NaN push them out
+        reaches = keys >= bound  # all forced ones do
         reach = reaches.astype(jnp.int32)
         in_group = jnp.cumsum(reach, axis=0, dtype=jnp.int32)
         of_group = jnp.sum(reach, axis=0)
         before = count + jnp.cumsum(of_group, dtype=jnp.int32) - of_group
         cell = before[None, :] + in_group - reach
         fits = reaches & (cell < groups)
-        if interpret:
+        if interpret:  # where masked stores write too, what was there
             cell = jnp.where(fits, cell, groups)  # out of range where nothing is written
         plgpu.store(cells_ref.at[head, row, 0, cell], keys, mask=fits)
         plgpu.store(cells_ref.at[head, row, 1, cell], block, mask=fits)
@@ -104,9 +105,8 @@ def choose_candidates(
 
     count = gather(0, first, jnp.int32(0))
     if chunks > 1:
-        # what is past the own block is not visible
-        stop = lax.div(own + chunk, chunk)
-        count = lax.fori_loop(1, stop, lambda i, count: gather(i, keys_of(i), count), count)
+        # past the last chunk with a visible block there is nothing to gather
+        count = lax.fori_loop(1, jnp.max(stop), lambda i, count: gather(i, keys_of(i), count), count)
 
     @pl.when(count <= groups)
     def _rank():

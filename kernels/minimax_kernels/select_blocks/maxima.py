@@ -15,9 +15,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from minimax_kernels.select_blocks.sortable import FORCED, LOWEST, NAN, sortable
-from minimax_kernels.triton_call import next_power_of_two
+from minimax_kernels.triton_call import ceil_div, next_power_of_two
 
-MOST_HELD = 1024  # scores that one warp holds at a time
+HELD_BY_PROGRAM = 1024  # scores at a time, at most
 _NO_BLOCK = 2**31 - 1
 
 
@@ -30,13 +30,13 @@ def choose_by_maxima(
     init_blocks: int,
     local_blocks: int,
 ) -> Int[Array, "topk"]:
-    """The selection of one row, padded to a power of two.
+    """The selection of one row with at least `topk` visible blocks, padded to a power of two.
 
     Args:
       load: scores of the given blocks, -inf for those past the last.
-      own: the token's own block: the visible ones are 0 .. own.
+      own: the token's own block, one less than there are visible ones.
     """
-    chunk = min(next_power_of_two(num_blocks), MOST_HELD)
+    chunk = min(next_power_of_two(num_blocks), HELD_BY_PROGRAM)
     lane = jnp.arange(chunk, dtype=jnp.int32)
     width = next_power_of_two(topk)
     slot = jnp.arange(width, dtype=jnp.int32)
@@ -55,21 +55,19 @@ def choose_by_maxima(
         keys, best_key, best_block = state
         top = jnp.max(keys)
         taken = jnp.min(jnp.where(keys == top, block, _NO_BLOCK))  # of equal keys the lower block
-        here = (slot == i) & (top > LOWEST)
+        here = slot == i
         keys = jnp.where(block == taken, LOWEST, keys)
         return keys, jnp.where(here, top, best_key), jnp.where(here, taken, best_block)
 
     block, keys = keys_of(0)
-    rounds = jnp.clip(own + 1, 0, topk)
-    keys, best_key, best_block = lax.fori_loop(0, rounds, fill, (keys, best_key, best_block))
+    keys, best_key, best_block = lax.fori_loop(0, topk, fill, (keys, best_key, best_block))
     if num_blocks > chunk:
 
         def merge_chunk(i, best):
             block, keys = keys_of(i)
             return _take_best(keys, block, *best)
 
-        stop = lax.div(own + chunk, chunk)  # what is past the own block is not visible
-        best_key, best_block = lax.fori_loop(1, stop, merge_chunk, (best_key, best_block))
+        best_key, best_block = lax.fori_loop(1, ceil_div(num_blocks, chunk), merge_chunk, (best_key, best_block))
     return best_block
 
 
@@ -84,7 +82,7 @@ def _take_best(keys, block, best_key, best_block):
     def replace(state):
         keys, best_key, best_block, top, worst = state
         taken = jnp.min(jnp.where(keys == top, block, _NO_BLOCK))  # of equal keys the lower block
-        # of equally bad ones the highest block goes; free slots (block -1) fill up from the left
+        # of equally bad ones the highest block goes
         is_worst = best_key == worst
         evicted = jnp.max(jnp.where(is_worst, best_block, -1))
         place = jnp.min(jnp.where(is_worst & (best_block == evicted), slot, _NO_BLOCK))

@@ -1,6 +1,7 @@
-"""Exact top-k selection of blocks: one warp a row of scores, in two passes over it (`candidates`).
+"""Exact top-k selection of blocks: a program a row of scores, in two passes over it (`candidates`).
 
 Rows with too many candidates, which takes many equal scores, are searched by repeated maxima instead (`maxima`).
+Those have more than 2 topk visible blocks.
 """
 
 from __future__ import annotations
