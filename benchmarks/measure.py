@@ -20,7 +20,7 @@ from minimax_jax.rank_slice.ceilings import Ceilings
 
 FAILED = "FAILED"  # how `Row.refused` starts after an error
 WAVE = 8
-GRAPH_SECONDS = 1e-3  # decode calls up to which the device's own pace is measured
+GRAPH_SECONDS = 1e-3  # calls up to which the device alone decides the pace, where a CUDA graph takes them
 POOL_BYTES = 45 << 30  # pools kept at a time
 UNWEIGHTED_SHARE = 0.01  # how urgent a case of weight 0 is
 

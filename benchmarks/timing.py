@@ -61,7 +61,7 @@ def calls_and_rounds(expected_seconds: float, sets: int, short: float = SHORT_SE
     if expected_seconds >= short:
         return calls, 1
     calls = max(calls, min(sets, MOST_CALLS_A_ROUND), LEAST_CALLS_A_ROUND)
-    return calls, max(1, round(ROUNDS_SECONDS / expected_seconds / calls))
+    return calls, max(2, round(ROUNDS_SECONDS / expected_seconds / calls))  # one round would be no loop
 
 
 def compiler_options(rounds: int) -> dict[str, Any]:

@@ -55,15 +55,18 @@ def run_parity(
     out.mkdir(parents=True, exist_ok=True)
     machine, results, left = describe_machine(), list[Result](), list[str]()
 
-    def write() -> None:
-        """After every case: what was checked is kept, however the run ends."""
+    def write(finished: bool = False) -> None:
+        """After every case, and at once: what was checked is kept, however the run ends."""
         record = {
             "machine": machine,
             "impl": impl,
+            "finished": finished,
             "results": [dataclasses.asdict(result) for result in results],
             "left_out": left,
         }
-        (out / "parity.json").write_text(json.dumps(record, indent=1) + "\n")
+        unfinished = out / "parity.json.part"
+        unfinished.write_text(json.dumps(record, indent=1) + "\n")
+        unfinished.replace(out / "parity.json")
 
     _check_cases(todo, impl, ops, deadline, say, workers, results, left, write)
     if "select_blocks" in ops and cache_dtype is None:
@@ -75,7 +78,7 @@ def run_parity(
             results += big_caches.check(impl, ops, say)
         else:
             left.append("caches beyond 2 and 4 GiB")
-    write()
+    write(finished=True)
     return all(result.status != "FAILED" for result in results), _table(results, left, machine)
 
 

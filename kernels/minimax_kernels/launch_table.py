@@ -35,12 +35,12 @@ def score_launch(num_tokens: int, num_blocks: int, num_heads: int, mean_rows: in
     if mean_rows <= 16:
         tile = min(mean_rows, max(64 // num_heads, 1))
         pages = ceil_div(num_tokens, tile) * num_blocks
-        at_once = ceil_div(pages, NUM_SMS * 3)  # three programs fit a multiprocessor: all pages in one go
+        at_once = ceil_div(pages, NUM_SMS * 3)  # three programs a multiprocessor: all pages in one go
         if fp8:
             return ScoreLaunch(tile, min(max(at_once, 1), 8), Launch(4, 3), keys_first=True)
         per_program = min(at_once, 3) if pages <= NUM_SMS * 12 else 2 if pages < NUM_SMS * 300 else 4
-        # 16 rows as the first operand need no second buffer for a page: five programs fit a multiprocessor
-        return ScoreLaunch(tile, max(per_program, 1), Launch(4, 2), keys_first=tile * num_heads > 16)
+        # up to 16 rows as the first operand need no second buffer for a page: six programs fit, not three
+        return ScoreLaunch(tile, per_program, Launch(4, 2), keys_first=tile * num_heads > 16)
     tile = max(128 // num_heads, 32)
     tiles = ceil_div(num_tokens, tile)
     per_program = min(max(tiles * num_blocks // (NUM_SMS * 4), 2), 32)

@@ -71,7 +71,7 @@ def merge_partials(
     Args:
       partial: values weighed by 2 ** (score - top), over one part of the keys each, for S groups of G query heads.
       top: what each part's scores were reduced by; -inf for a part without keys.
-      total: the sum of each part's weights.
+      total: the sum of each part's weights (1 where `partial` was divided by it and `top` is its logarithm).
       selected: parts with a negative entry were never written and are not read; None if all were.
       query_starts: rows from its last entry on are padding: zeros, or left alone where `out` is given.
       out: buffer that the result is written into.

@@ -61,6 +61,6 @@ def test_scores_of_few_queries_share_pages_out_evenly():
     def pages(tokens, blocks, fp8=False):
         return launch_table.score_launch(tokens, blocks, 1, 1, fp8=fp8).blocks_per_program
 
-    assert [pages(tokens, 10) for tokens in (1, 64, 128)] == [1, 2, 3]  # one go of three programs a multiprocessor
+    assert [pages(tokens, 10) for tokens in (1, 64, 128)] == [1, 2, 3]  # about one go
     assert [pages(128, 49), pages(8, 465), pages(32, 1600)] == [2, 2, 4]
     assert [pages(1, 10, True), pages(128, 10, True), pages(128, 49, True)] == [1, 4, 8]

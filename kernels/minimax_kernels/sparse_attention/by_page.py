@@ -2,10 +2,10 @@
 
 The pairs (query, selected block) are sorted by block, so that a program finds runs of queries that want the same page.
 It loads the page's keys and values once, then gathers the queries of the run in tiles of 64 or 128 rows (a query
-brings all heads of its group), and writes one partial result a pair, and its weight: what it was scaled by, and the sum
-that divides it.
-`merge_partials` joins the topk partial results of a query. However little the selections of neighbours overlap, the
-matrix instructions are full, and a page is read T * topk / (number of pages) times less often than query by query.
+brings all heads of its group), and writes one partial result a pair, and its weight: what its scores were reduced by,
+and the sum that divides it (float16: it is divided, and the sum is 1). `merge_partials` joins the topk of a query.
+However little the selections of neighbours overlap, the matrix instructions are full, and a page is read
+T * topk / (number of pages) times less often than query by query.
 
 Memory: the partial results take topk times the size of the queries; long batches are cut into chunks of tokens.
 """
