@@ -8,6 +8,7 @@ from minimax_kernels.measured_launches import ATTEND_DECODE, ATTEND_DECODE_FP8, 
 from minimax_kernels.triton_call import Launch, ceil_div, floor_power_of_two
 
 NUM_SMS = 132
+LEAST_ROWS = 16  # of queries in a matrix product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +40,8 @@ def score_launch(num_tokens: int, num_blocks: int, num_heads: int, mean_rows: in
         if fp8:
             return ScoreLaunch(tile, min(max(at_once, 1), 8), Launch(4, 3), keys_first=True)
         per_program = min(at_once, 3) if pages <= NUM_SMS * 12 else 2 if pages < NUM_SMS * 300 else 4
-        # up to 16 rows as the first operand need no second buffer for a page: six programs fit, not three
-        return ScoreLaunch(tile, per_program, Launch(4, 2), keys_first=tile * num_heads > 16)
+        # so few rows as the first operand need no second buffer for a page: six programs fit, not three
+        return ScoreLaunch(tile, per_program, Launch(4, 2), keys_first=tile * num_heads > LEAST_ROWS)
     tile = max(128 // num_heads, 32)
     tiles = ceil_div(num_tokens, tile)
     per_program = min(max(tiles * num_blocks // (NUM_SMS * 4), 2), 32)
@@ -132,7 +133,7 @@ class PageLaunch:
     pairs_per_program: int
     workspace_bytes: int
     launch: Launch
-    window: int = 2048
+    window: int
 
 
 def page_launch(num_tokens: int, rows_per_token: int, groups: int, topk: int) -> PageLaunch:

@@ -78,7 +78,9 @@ def test_sparse_attention_of_any_selection(name, data):
 
 PAGE_OPTIONS = {
     "one chunk": PageLaunch(rows=16, pairs_per_program=16, workspace_bytes=1 << 30, launch=Launch(), window=8),
-    "chunks of a few tokens": PageLaunch(rows=32, pairs_per_program=8, workspace_bytes=1 << 13, launch=Launch()),
+    "chunks of a few tokens": PageLaunch(
+        rows=32, pairs_per_program=8, workspace_bytes=1 << 13, launch=Launch(), window=2048
+    ),
 }
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from minimax_kernels.batch import Batch, tile_size
 from minimax_kernels.cache_types import as_read, is_fp8
 from minimax_kernels.fp8_queries import product_rows
-from minimax_kernels.launch_table import ScoreLaunch, score_launch
+from minimax_kernels.launch_table import LEAST_ROWS, ScoreLaunch, score_launch
 from minimax_kernels.ragged_tiles import locate_tile, num_tiles
 from minimax_kernels.register_order import register_order
 from minimax_kernels.triton_call import ceil_div, next_power_of_two, triton_call
@@ -62,7 +62,7 @@ def score_and_clear(
     launch = launch or score_launch(num_tokens, num_blocks, num_heads, mean_rows, fp8=fp8)
     tile = launch.tile
     few = tile <= FEW_ROWS
-    rows = max(16, next_power_of_two(tile * num_heads)) if few else tile * num_heads
+    rows = max(LEAST_ROWS, next_power_of_two(tile * num_heads)) if few else tile * num_heads
     tiles = num_tiles(num_tokens, num_requests, tile)
     sizes: dict[str, Any] = {
         "num_requests": num_requests, "num_tokens": num_tokens, "num_heads": num_heads, "num_blocks": num_blocks,
@@ -152,18 +152,13 @@ def _score_kernel(
     def page_of(block):
         return tables_ref[request, jnp.minimum(block, num_blocks - 1)]
 
-    def first_page():
-        if tile > 1:
-            return page_of(begin)
-        return lax.cond(at.request == likely, lambda: likely_page, lambda: page_of(begin))
-
     def step(block, page, masked):
         following = page_of(block + 1)  # a step ahead of its use, so that the load of the keys does not wait for it
         score(block, page, masked)
         return following
 
-    page = first_page()
-    if rows > 16:
+    page = lax.cond(at.request == likely, lambda: likely_page, lambda: page_of(begin)) if tile == 1 else page_of(begin)
+    if rows > LEAST_ROWS:
         page = lax.fori_loop(begin, whole_stop, functools.partial(step, masked=False), page)
         lax.fori_loop(whole_stop, some_stop, functools.partial(step, masked=True), page)
     else:  # what a mask costs is nothing beside the read of the keys; a second loop takes registers

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from minimax_kernels.select_blocks.sortable import FORCED, HIDDEN, sortable
+from minimax_kernels.select_blocks.sortable import FORCED, HIDDEN, is_forced, sortable
 from minimax_kernels.triton_call import ceil_div, next_power_of_two
 
 HELD_BY_THREAD = 32  # scores at a time, at most
@@ -86,9 +86,7 @@ def choose_candidates(
 
     def gather(i, keys, count):
         block = i * chunk + offset
-        forced = block > own - local_blocks
-        if init_blocks:
-            forced |= block < init_blocks
+        forced = is_forced(block, own, init_blocks, local_blocks)
         keys = jnp.where(forced & (keys != HIDDEN), FORCED, keys)
         reaches = keys >= bound  # all forced ones do
         reach = reaches.astype(jnp.int32)

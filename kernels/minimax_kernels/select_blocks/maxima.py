@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from minimax_kernels.select_blocks.sortable import FORCED, LOWEST, NAN, sortable
+from minimax_kernels.select_blocks.sortable import LOWEST, NAN, choice_keys
 from minimax_kernels.triton_call import ceil_div, next_power_of_two
 
 HELD_BY_PROGRAM = 1024  # scores at a time, at most
@@ -46,9 +46,7 @@ def choose_by_maxima(
     def keys_of(i):
         block = i * chunk + lane
         values = load(block)
-        visible = values != -jnp.inf
-        forced = visible & ((block < init_blocks) | (block > own - local_blocks))
-        return block, jnp.where(forced, FORCED, jnp.where(visible, sortable(values), LOWEST))
+        return block, choice_keys(values, values != -jnp.inf, block, own, init_blocks, local_blocks)
 
     def fill(i, state):
         """The first chunk: its maximum goes to the next slot."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from minimax_kernels.select_blocks.sortable import FORCED, LOWEST, sortable
+from minimax_kernels.select_blocks.sortable import choice_keys
 from minimax_kernels.triton_call import next_power_of_two
 
 RIVALS = 16  # blocks compared against all others in one step
@@ -39,10 +39,8 @@ def rank_blocks(
     """
 
     def keys(block):
-        visible = block <= own
-        forced = visible & ((block < init_blocks) | (block > own - local_blocks))
         scores = load(jnp.minimum(block, num_blocks - 1))
-        return jnp.where(forced, FORCED, jnp.where(visible, sortable(scores), LOWEST))
+        return choice_keys(scores, block <= own, block, own, init_blocks, local_blocks)
 
     blocks = jnp.arange(next_power_of_two(num_blocks), dtype=jnp.int32)
     mine = keys(blocks)[None, :]
