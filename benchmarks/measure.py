@@ -20,7 +20,6 @@ from minimax_jax.rank_slice.ceilings import Ceilings
 
 FAILED = "FAILED"  # how `Row.refused` starts after an error
 WAVE = 8
-GRAPH_SECONDS = 1e-3  # calls up to which the device alone decides the pace, where a CUDA graph takes them
 POOL_BYTES = 45 << 30  # pools kept at a time
 UNWEIGHTED_SHARE = 0.01  # how urgent a case of weight 0 is
 
@@ -182,7 +181,7 @@ class _Plan:
         args, out = ops.shapes_of(op, case, heads, self.pages, self.job.cache_dtype)
         # attention of prefill sorts with CUB, which no CUDA graph takes; all else can be in one
         sorts = case.phase == "prefill" and op in ("attention", "chain")
-        short = timing.SHORT_SECONDS if sorts else GRAPH_SECONDS
+        short = timing.SHORT_SECONDS if sorts else timing.GRAPH_SECONDS
         calls, rounds = timing.calls_and_rounds((known or 1000) * 1e-6, self.sets, short)
         self.calls[op], self.rounds[op] = calls, rounds
         try:

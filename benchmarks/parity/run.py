@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -68,7 +68,18 @@ def run_parity(
         unfinished.write_text(json.dumps(record, indent=1) + "\n")
         unfinished.replace(out / "parity.json")
 
-    _check_cases(todo, impl, ops, deadline, say, workers, results, left, write)
+    for done, (case, found) in enumerate(_checked(todo, impl, ops, deadline, workers), 1):
+        if found is None:
+            left.append(str(case))
+            continue
+        results += found
+        write()
+        counts = Counter(result.status for result in found)
+        say(f"{done}/{len(todo)} {case}: " + ", ".join(f"{n} {status}" for status, n in counts.items()))
+        for result in found:
+            if result.status == "FAILED":
+                say(f"  FAILED {result.op}: {result.check}: {result.detail[:300]}")
+    jax.clear_caches()
     if "select_blocks" in ops and cache_dtype is None:
         results += wide_selection.check(impl, small or quick)
         write()
@@ -82,18 +93,10 @@ def run_parity(
     return all(result.status != "FAILED" for result in results), _table(results, left, machine)
 
 
-def _check_cases(
-    todo: Sequence[ParityCase],
-    impl: str,
-    ops: Sequence[str],
-    deadline: float,
-    say: Callable[[str], None],
-    workers: int | None,
-    results: list[Result],
-    left: list[str],
-    write: Callable[[], None],
-) -> None:
-    """Appends to `results`, and to `left` what was left out; writes after every case."""
+def _checked(
+    todo: Sequence[ParityCase], impl: str, ops: Sequence[str], deadline: float, workers: int | None
+) -> Iterator[tuple[ParityCase, list[Result] | None]]:
+    """Each case as it ends, with None where there was no time for it."""
 
     def check(case: ParityCase) -> list[Result] | None:
         if time.monotonic() > deadline:
@@ -103,19 +106,8 @@ def _check_cases(
     workers = workers or max(1, min(WORKERS, (os.cpu_count() or 2) - 1))
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         running = {pool.submit(check, case): case for case in todo}
-        for done, task in enumerate(concurrent.futures.as_completed(running), 1):
-            found = task.result()
-            if found is None:
-                left.append(str(running[task]))
-                continue
-            results += found
-            write()
-            counts = Counter(result.status for result in found)
-            say(f"{done}/{len(todo)} {running[task]}: " + ", ".join(f"{n} {status}" for status, n in counts.items()))
-            for result in found:
-                if result.status == "FAILED":
-                    say(f"  FAILED {result.op}: {result.check}: {result.detail[:300]}")
-    jax.clear_caches()
+        for task in concurrent.futures.as_completed(running):
+            yield running[task], task.result()
 
 
 def _table(results: Sequence[Result], left: Sequence[str], machine: dict[str, str]) -> str:

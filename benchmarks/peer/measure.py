@@ -15,10 +15,9 @@ from benchmarks.cases import TOPK, Case, Heads
 from benchmarks.ops import SCALE
 from benchmarks.peer.inputs import Inputs, Pool
 from benchmarks.peer.vllm_kernels import VllmKernels
+from benchmarks.timing import REPEATS, ROUNDS_SECONDS
 
 FORCED = {"init_blocks": 0, "local_blocks": 1}
-GRAPH_SECONDS = 4e-3  # what one replay should take
-REPEATS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +146,7 @@ def time_calls(call: Callable[[Any], Any], sets: Sequence[Any], device: torch.de
         end.record(stream)
         stream.synchronize()
     seconds = max(begin.elapsed_time(end) * 1e-3, 2e-6)
-    rounds = max(1, round(GRAPH_SECONDS / seconds / len(sets)))
+    rounds = max(1, round(ROUNDS_SECONDS / seconds / len(sets)))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         for _ in range(rounds):
